@@ -1,0 +1,55 @@
+"""What a stage is: its declaration. Imports nothing heavy, so that a bad graph is refused at once.
+
+The executor of a stage is named by a dotted path and imported only in the worker that runs it. `graph.py` derives the
+edges between stages from their columns; `placement.py` says where each worker runs.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class Unit(enum.Enum):
+    """How much a stage takes at a time."""
+
+    ROW = "row"
+    GROUP = "group"
+    BATCH = "batch"
+
+
+class Kind(enum.Enum):
+    """MAPPED: `run` names a class with `process(rows) -> columns`; the executor owns the loop around it.
+    DRIVER: `run` names a function `main(context)` that owns its loop and its whole process."""
+
+    MAPPED = "mapped"
+    DRIVER = "driver"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """reads, writes: columns. `optional` columns are delivered if they are there and never waited for.
+    `after`: stages that must have ended before this one starts. Stages with one `worker` name share a process."""
+
+    name: str
+    run: str
+    kind: Kind = Kind.MAPPED
+    unit: Unit = Unit.ROW
+    reads: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    partition: str = "train"
+    pool: str = "cpu"
+    worker: str = ""
+    after: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("stage.name: empty; a stage needs a name")
+        if ":" not in self.run:
+            raise ValueError(f"stages.{self.name}.run: {self.run!r}; a dotted path reads 'package.module:name'")
+        if not self.worker:
+            object.__setattr__(self, "worker", self.name)

@@ -1,0 +1,31 @@
+"""Every column of the queue, once: its type, how long it is, what it means. Stages and recipes name columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ColumnSpec:
+    """`per`: 'row' is one value a row, otherwise a vector as long as what it names."""
+
+    name: str
+    dtype: str
+    per: str
+    meaning: str
+
+
+COLUMNS = {
+    spec.name: spec
+    for spec in (
+        ColumnSpec("data_index", "int64", "row", "row of the data set that the prompt came from"),
+        ColumnSpec("prompt_tokens", "int32", "prompt token", "the prompt as the engine saw it"),
+        ColumnSpec("response_tokens", "int32", "response token", "what came after, tool output included"),
+        ColumnSpec("response_mask", "uint8", "response token", "1 where the model wrote the token"),
+        ColumnSpec("rollout_logprobs", "float32", "response token", "log-prob at sampling, by the engine"),
+        ColumnSpec("token_versions", "int32", "response token", "weights that sampled the token, by the engine"),
+        ColumnSpec("finish_reason", "uint8", "row", "0 stop, 1 length, 2 abort"),
+        ColumnSpec("reward", "float32", "row", "score of the trajectory"),
+        ColumnSpec("advantage", "float32", "row", "advantage, equal for all tokens of the row"),
+    )
+}

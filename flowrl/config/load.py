@@ -1,0 +1,99 @@
+"""From YAML and dotted overrides to a `Recipe`, once. Nothing beyond this file sees an OmegaConf object."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from flowrl.config.recipe import Recipe
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a YAML recipe, applies dotted overrides (`staleness.max=2`), and checks it.
+
+    Raises ValueError, naming field, value and rule.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"recipe: {str(path)!r}; no such file")
+    try:
+        given = OmegaConf.load(path)
+    except Exception as error:  # the YAML parser has several trees of exceptions
+        raise ValueError(f"recipe: {str(path)!r} is not YAML: {error}") from error
+    if not isinstance(given, DictConfig):
+        raise ValueError(f"recipe: {str(path)!r} holds a {type(given).__name__}; it must be a mapping")
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"override: {override!r}; must read field.name=value")
+    given = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
+    _check_keys(given, Recipe, "")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Recipe), given)
+        recipe = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ValueError(_readable(error)) from error
+    assert isinstance(recipe, Recipe)
+    _refuse_missing_paths(recipe)
+    return recipe
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, every default written out; `load` reads it back to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+
+
+def _check_keys(given: DictConfig, kind: type, prefix: str) -> None:
+    """Walks the mapping beside the dataclasses: unknown keys with the nearest known one, and what is missing."""
+    hints = typing.get_type_hints(kind)
+    for key in given:
+        name = f"{prefix}{key}"
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(hints)}"
+            raise ValueError(f"{name}: {_plain(given, key)!r}; no such field ({hint})")
+        _check_inside(given, str(key), hints[key], name)
+    for entry in dataclasses.fields(kind):
+        has_default = entry.default is not dataclasses.MISSING or entry.default_factory is not dataclasses.MISSING
+        if not has_default and entry.name not in given:
+            raise ValueError(f"{prefix}{entry.name}: missing; a recipe must give it")
+
+
+def _check_inside(given: DictConfig, key: str, hint: Any, name: str) -> None:
+    node = given._get_node(key)
+    inner = [arg for arg in (typing.get_args(hint) or (hint,)) if dataclasses.is_dataclass(arg)]
+    if not inner or OmegaConf.is_missing(given, key) or _plain(given, key) is None:
+        return
+    if not isinstance(node, DictConfig):
+        raise ValueError(f"{name}: {_plain(given, key)!r}; must be a mapping")
+    if typing.get_origin(hint) is not dict:
+        _check_keys(node, inner[0], f"{name}.")
+        return
+    for entry in node:
+        _check_inside(node, str(entry), inner[0], f"{name}.{entry}")
+
+
+def _plain(given: DictConfig, key: Any) -> Any:
+    return OmegaConf.to_container(given)[key]
+
+
+def _refuse_missing_paths(recipe: Recipe) -> None:
+    paths = {"data.path": recipe.data.path, "network.secret_file": recipe.network.secret_file}
+    if recipe.eval is not None:
+        paths["eval.path"] = recipe.eval.path
+    if recipe.model.init is None:
+        paths["model.path"] = recipe.model.path
+    for name, value in paths.items():
+        if value is not None and not Path(value).exists():
+            raise ValueError(f"{name}: {value!r}; no such file or directory")
+
+
+def _readable(error: OmegaConfBaseException) -> str:
+    field_name = error.full_key or "recipe"
+    first_line = str(error.msg or error).splitlines()[0]
+    return f"{field_name}: {first_line}"

@@ -1,0 +1,90 @@
+"""What a person sees while a run goes on: a live table on a terminal, a line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+LINE_EVERY_S = 5.0
+SHOWN = {
+    "critic/score/mean": "reward",
+    "training/off_policy/trajectory_staleness/mean": "staleness",
+    "training/off_policy/trajectory_staleness/max": "staleness max",
+    "perf/throughput": "tokens/s",
+    "timing_s/step": "s/update",
+    "actor/entropy": "entropy",
+    "response_length/mean": "response length",
+}
+
+
+class Display:
+    """Use with `with`. Only node 0 shows anything (`is_shown`)."""
+
+    def __init__(self, name: str, steps: int, is_shown: bool) -> None:
+        self.is_shown = is_shown
+        self.console = Console(file=sys.stdout)
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} updates"),
+            TimeElapsedColumn(), console=self.console,
+        )  # fmt: skip
+        self.task = self.progress.add_task(name, total=steps)
+        self.steps = steps
+        self.values: dict[str, float] = {}
+        self.workers: dict[str, tuple[str, str]] = {}
+        self.accuracies: list[tuple[int, float]] = []
+        self.last_line = 0.0
+        is_live = is_shown and self.console.is_terminal
+        self.live = Live(self, console=self.console, refresh_per_second=4) if is_live else None
+
+    def __enter__(self) -> Display:
+        if self.live is not None:
+            self.live.__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if self.live is not None:
+            self.live.__exit__(*exc)
+
+    def metrics(self, metrics: Mapping[str, float], step: int | None) -> None:
+        self.values.update({key: value for key, value in metrics.items() if key in SHOWN})
+        if step is None or "critic/score/mean" not in metrics:
+            return
+        self.progress.update(self.task, completed=step)
+        if self.is_shown and self.live is None and time.monotonic() - self.last_line > LINE_EVERY_S:
+            self.last_line = time.monotonic()
+            shown = "  ".join(f"{label} {self.values[key]:.3g}" for key, label in SHOWN.items() if key in self.values)
+            print(f"update {step}/{self.steps}  {shown}", flush=True)
+
+    def evaluated(self, version: int, accuracy: float, prompts: int) -> None:
+        self.accuracies.append((version, accuracy))
+        if self.is_shown:
+            self.console.print(f"version {version}: accuracy {accuracy:.1%} on {prompts} held-out prompts")
+
+    def worker(self, worker: str, state: str, text: str) -> None:
+        changed = self.workers.get(worker, ("", ""))[0] != state
+        self.workers[worker] = (state, text)
+        if self.is_shown and changed and state in ("died", "restarted", "silent", "failed"):
+            self.console.print(f"{worker}: {state}: {text}", markup=False)
+
+    def __rich__(self) -> Group:
+        numbers = Table.grid(padding=(0, 3))
+        for key, label in SHOWN.items():
+            if key in self.values:
+                numbers.add_row(label, f"{self.values[key]:.4g}")
+        if self.accuracies:
+            version, accuracy = self.accuracies[-1]
+            numbers.add_row("accuracy", f"{accuracy:.1%} (version {version}; first {self.accuracies[0][1]:.1%})")
+        states = Table(box=None, padding=(0, 2))
+        states.add_column("worker")
+        states.add_column("state")
+        states.add_column("waits for")
+        for worker, (state, text) in sorted(self.workers.items()):
+            states.add_row(worker, state, text)
+        return Group(self.progress, numbers, states)

@@ -1,0 +1,26 @@
+"""The directory a run leaves behind: made here, once; never written over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flowrl.config import Recipe, to_yaml
+
+
+def create(recipe: Recipe, node: int) -> tuple[Path, Path]:
+    """Makes `runs/<name>` and writes the resolved recipe into it. Returns the directory and the recipe's path.
+
+    Node 0 refuses a directory that holds a run already; other nodes that share the disk write beside it.
+    """
+    directory = Path(recipe.run.dir) / recipe.run.name
+    path = directory / ("recipe.yaml" if node == 0 else f"recipe.node{node}.yaml")
+    (directory / "logs").mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(to_yaml(recipe))
+    except FileExistsError:
+        raise ValueError(
+            f"run.name: {recipe.run.name!r}; {directory} holds a run already, and runs are never overwritten "
+            "(choose another run.name, or move the directory away)"
+        ) from None
+    return directory.resolve(), path.resolve()

@@ -1,0 +1,119 @@
+"""What a rollout engine is. One protocol, several engines, one conformance suite (`tests/rollout/`).
+
+An engine turns token ids into token ids. It says of every token which weights sampled it and how likely it was; nobody
+else may say so. It knows no prompts, rewards or queues.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+
+class PauseMode(enum.Enum):
+    """What happens to running requests at a pause. KEEP: they go on later with the KV they have. RECOMPUTE: they go on
+    with KV rebuilt under the weights of that time. ABORT: they end now, with what they have."""
+
+    KEEP = "keep"
+    RECOMPUTE = "recompute"
+    ABORT = "abort"
+
+
+class FinishReason(enum.Enum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """temperature 0 is greedy. `stop_token_ids` end a response and are part of it."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens: {self.max_tokens}; must be at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature: {self.temperature}; must not be negative")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: {self.top_p}; must be in (0, 1]")
+        if self.top_k < 0:
+            raise ValueError(f"top_k: {self.top_k}; 0 turns it off, otherwise at least 1")
+        if not 0 <= self.min_p < 1:
+            raise ValueError(f"min_p: {self.min_p}; must be in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest:
+    """`tokens`: the prompt. `request_id` is unique among running requests."""
+
+    request_id: str
+    tokens: tuple[int, ...]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """tokens: int32 (T,). logprobs: float32 (T,), at the sampling temperature, before top-p/top-k/min-p. versions: int32
+    (T,), the weights that sampled each token, as the engine says."""
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    versions: np.ndarray
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """`max_model_tokens`: prompt and response together. `pause_modes`: those that `pause` takes."""
+
+    max_model_tokens: int
+    pause_modes: frozenset[PauseMode] = field(default_factory=lambda: frozenset(PauseMode))
+
+
+class Engine(Protocol):
+    """Used from one asyncio loop. `version` is that of the weights in force, -1 before the first."""
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    async def start(self, path: Path, version: int) -> None:
+        """Loads the Hugging Face directory `path` as `version` and becomes ready."""
+        ...
+
+    async def generate(self, request: GenerateRequest) -> Generation:
+        """Raises ValueError for a request the engine can never serve, EngineError if it fails underway."""
+        ...
+
+    async def abort(self, request_id: str | None = None) -> None:
+        """Ends one request, or all; they return what they have, with FinishReason.ABORT."""
+        ...
+
+    async def pause(self, mode: PauseMode) -> None: ...
+
+    async def resume(self) -> None: ...
+
+    async def load_weights(self, path: Path, version: int, mode: PauseMode = PauseMode.KEEP) -> None:
+        """Replaces the weights by those of `path` between two decode steps. All of them, or an EngineError that says
+        that the engine must be restarted."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class EngineError(RuntimeError):
+    """The engine failed; the message names it."""

@@ -1,0 +1,33 @@
+"""One distribution, three packages. Tools are configured in pyproject.toml; versions of what the Makefile installs there."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="flowrl",
+    version="0.1.0",
+    description="Asynchronous, multi-controller reinforcement learning for language models, strict about staleness",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["flowrl*", "controllers*", "transfer_queue*"]),
+    install_requires=[
+        "torch>=2.10",
+        "transformers>=5.0",
+        "safetensors>=0.5",
+        "numpy>=1.26",
+        "pyzmq>=26.0",
+        "msgspec>=0.19",
+        "omegaconf>=2.3",
+        "rich>=13.0",
+        "matplotlib>=3.8",
+        "aiohttp>=3.9",
+    ],
+    extras_require={
+        "tasks": ["reasoning-gym>=0.1.20"],
+        "parquet": ["pyarrow>=15.0"],
+        "sglang": ["sglang>=0.5.20"],
+        "dev": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10", "psutil>=5.9"],
+    },
+    entry_points={"console_scripts": ["flowrl = flowrl.cli.main:main"]},
+)

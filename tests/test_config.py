@@ -1,0 +1,80 @@
+"""A recipe's mistakes are refused with field, value and rule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flowrl.config import load, to_yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("staleness.mx=3", "staleness.mx: 3; no such field (did you mean staleness.max?)"),
+        ("traim.steps=3", "did you mean train?"),
+        ("train.steps=many", "train.steps: Value 'many' of type 'str' could not be converted to Integer"),
+        ("train.steps=0", "train.steps: 0; must be at least 1"),
+        ("train.learning_rate=-1", "train.learning_rate: -1.0; must be above 0"),
+        (
+            "train.schedule=cosin",
+            "train.schedule: 'cosin'; must be one of constant, linear, cosine (did you mean 'cosine'?)",
+        ),
+        ("staleness.late=dorp", "staleness.late: 'dorp'"),
+        ("staleness=3", "staleness: 3; must be a mapping"),
+        ("staleness.max=-1", "staleness.max: -1; must be at least 0"),
+        ("data.source=auto", "data.path: missing"),
+        ("data.task=null", "data.task: missing"),
+        ("data.dev=0", "data.dev: 0; warm_start needs a development set"),
+        ("data.held_out=0", "eval.path: missing"),
+        ("eval.path=/nowhere.jsonl", "eval.path: '/nowhere.jsonl'; no such file or directory"),
+        ("eval.samples=4", "eval.samples: 4; greedy samples are all alike"),
+        ("reward.name=null", "reward: name=None, path=None; exactly one of the two"),
+        ("reward.path=a.py:f", "reward: name='exact_match', path='a.py:f'; exactly one of the two"),
+        ("rollout.engine=vllm", "rollout.engine: 'vllm'; must be one of embedded, sglang"),
+        ("rollout.temperature=0", "rollout.temperature: 0.0; must be above 0"),
+        ("rollout.episode=nothing", "rollout.episode: 'nothing'; must read"),
+        ("model.init.heads=3", "model.init.heads: 3; must divide model.init.hidden_size=128"),
+        ("pools.rollout.thread=2", "pools.rollout.thread: 2; no such field (did you mean pools.rollout.threads?)"),
+        ("stages.mine.reads=[reward]", "stages.mine.run: missing"),
+        ("weights.transport=disk", "weights.dir: None"),
+        ("network.interface=eth0", "network.trusted: false"),
+        ("algorithm.dual_clip=0.5", "algorithm.dual_clip: 0.5; must be above 1, or null"),
+        ("run.name=a/b", "run.name: 'a/b'; must be a directory name"),
+    ],
+)
+def test_a_mistake_is_refused_with_field_value_and_rule(override: str, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        load(QUICKSTART, [override])
+    assert message in str(error.value)
+
+
+def test_a_missing_model_without_init_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"model.path: '/nowhere'; no such file"):
+        load(QUICKSTART, ["model.path=/nowhere", "model.init=null"])
+
+
+def test_an_override_without_a_value_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"must read field\.name=value"):
+        load(QUICKSTART, ["staleness.max"])
+
+
+@pytest.mark.parametrize("content", ["- a list", "a: [", "a: 1\na: 2"])
+def test_what_is_no_recipe_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="recipe"):
+        load(path)
+
+
+def test_the_resolved_recipe_reads_back_equal(tmp_path: Path) -> None:
+    recipe = load(QUICKSTART, ["staleness.max=7", "pools.rollout.threads=2", "data.options.max_word_len=4"])
+    path = tmp_path / "resolved.yaml"
+    path.write_text(to_yaml(recipe))
+    assert load(path) == recipe
+    assert recipe.staleness.max == 7
+    assert recipe.pools["rollout"].threads == 2

@@ -1,0 +1,1 @@
+"""Streams rows between processes, under a staleness bound."""

@@ -1,0 +1,125 @@
+"""What travels: row keys, columns and batches of rows.
+
+A `Column` is one contiguous buffer plus offsets, so that rows of different lengths travel without padding and a message
+holds as many frames as it has columns, however many rows there are. This file owns the in-memory form; `wire.py` owns
+the form on a socket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import msgspec
+import numpy as np
+
+Array = np.ndarray
+
+
+class RowKey(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """Names one row. `attempt` counts how often its group was reserved anew."""
+
+    partition: str
+    group: int
+    index: int
+    attempt: int = 0
+
+
+class Column:
+    """Rows of one column: `values[offsets[i]:offsets[i + 1]]` is row i.
+
+    values: 1-D array of any whitelisted dtype, C-contiguous. offsets: int64, shape (rows + 1,), from 0 to len(values).
+    """
+
+    __slots__ = ("values", "offsets")
+
+    def __init__(self, values: Array, offsets: Array) -> None:
+        if values.ndim != 1:
+            raise ValueError(f"values: shape {values.shape}; a column is one-dimensional")
+        if offsets.ndim != 1 or len(offsets) == 0 or offsets[0] != 0 or offsets[-1] != len(values):
+            raise ValueError(f"offsets: must run from 0 to {len(values)}, got {offsets[:3]}…{offsets[-1:]}")
+        self.values = values
+        self.offsets = offsets
+
+    @classmethod
+    def scalars(cls, values: Array | Sequence[float], dtype: str | None = None) -> Column:
+        """One value a row."""
+        array = np.ascontiguousarray(values, dtype=dtype)
+        return cls(array, np.arange(len(array) + 1, dtype=np.int64))
+
+    @classmethod
+    def ragged(cls, rows: Sequence[Array | Sequence[float]], dtype: str) -> Column:
+        """One vector a row, of any lengths."""
+        arrays = [np.asarray(row, dtype=dtype) for row in rows]
+        lengths = np.fromiter((len(array) for array in arrays), dtype=np.int64, count=len(arrays))
+        offsets = np.zeros(len(arrays) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        values = np.concatenate(arrays) if arrays else np.empty(0, dtype=dtype)
+        return cls(values, offsets)
+
+    @classmethod
+    def concatenate(cls, columns: Sequence[Column]) -> Column:
+        values = np.concatenate([column.values for column in columns])
+        offsets = np.zeros(sum(len(column) for column in columns) + 1, dtype=np.int64)
+        np.cumsum(np.concatenate([np.diff(column.offsets) for column in columns]), out=offsets[1:])
+        return cls(values, offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> Array:
+        """A view of row `index`."""
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+    def __iter__(self) -> Iterator[Array]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def lengths(self) -> Array:
+        return np.diff(self.offsets)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+    def select(self, indices: Iterable[int]) -> Column:
+        return Column.ragged([self[index] for index in indices], self.values.dtype.str)
+
+
+class Rows:
+    """A batch as `take` gives it: keys, columns of equal length, and each row's version (its oldest token's)."""
+
+    __slots__ = ("keys", "columns", "versions")
+
+    def __init__(self, keys: Sequence[RowKey], columns: Mapping[str, Column], versions: Sequence[int] = ()) -> None:
+        for name, column in columns.items():
+            if len(column) != len(keys):
+                raise ValueError(f"column {name!r}: {len(column)} rows for {len(keys)} keys")
+        self.keys = list(keys)
+        self.columns = dict(columns)
+        self.versions = list(versions)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, name: str) -> Column:
+        return self.columns[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.columns
+
+    @property
+    def nbytes(self) -> int:
+        return sum(column.nbytes for column in self.columns.values())
+
+    def select(self, indices: Sequence[int]) -> Rows:
+        columns = {name: column.select(indices) for name, column in self.columns.items()}
+        versions = [self.versions[index] for index in indices] if self.versions else ()
+        return Rows([self.keys[index] for index in indices], columns, versions)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Rows]) -> Rows:
+        """Joins batches of the same columns, in order."""
+        names = parts[0].columns
+        columns = {name: Column.concatenate([part[name] for part in parts]) for name in names}
+        keys = [key for part in parts for key in part.keys]
+        return cls(keys, columns, [version for part in parts for version in part.versions])
