@@ -5,16 +5,24 @@ Imports nothing heavy: a recipe is checked, drawn and placed without torch. Exec
 
 from __future__ import annotations
 
-import dataclasses
+import fcntl
+import hashlib
+import socket
+import struct
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from transfer_queue.config import ConsumerSpec
+import msgspec
 
 from controllers.graph import Graph
 from controllers.placement import Pool, WorkerPlan, plan
+from controllers.settings import EXECUTOR_TARGET, ControllerSettings, QueueSettings, WorkerSettings
 from controllers.stage import Kind, Stage, Unit
-from flowrl.config import PoolConfig, Recipe
+from flowrl.config import PoolConfig, Recipe, to_yaml
+from flowrl.weights.place import serving_bytes
+
+SIOCGIFADDR = 0x8915
 
 ROLLOUT_COLUMNS = (
     "data_index",
@@ -45,10 +53,6 @@ class Pipeline:
     recipe: Recipe
     graph: Graph
     workers: tuple[WorkerPlan, ...]
-
-    @property
-    def batch_rows(self) -> int:
-        return self.recipe.train.batch_groups * self.recipe.rollout.group_size
 
 
 def build(recipe: Recipe, num_nodes: int) -> Pipeline:
@@ -104,7 +108,7 @@ def _default_stages(recipe: Recipe) -> list[Stage]:
             name="train",
             run="flowrl.stages.train:main",
             kind=Kind.DRIVER,
-            unit=Unit.GROUP,
+            unit=Unit.BATCH,
             reads=TRAIN_COLUMNS,
             pool="train",
             after=("warm_start",) if recipe.warm_start else (),
@@ -147,36 +151,65 @@ def pools(recipe: Recipe) -> list[Pool]:
     ]
 
 
-def consumers(graph: Graph) -> dict[str, ConsumerSpec]:
-    """What each reading stage asks of the queue. The stage named `train` takes under the staleness rule."""
-    return {
-        stage.name: ConsumerSpec(
-            columns=stage.reads,
-            optional=stage.optional,
-            partition=stage.partition,
-            unit="row" if stage.unit is Unit.ROW else "group",
-            training=stage.name == "train",
-        )
-        for stage in graph.stages
-        if stage.reads
-    }
-
-
-def worker_settings(pipeline: Pipeline, recipe_path: str) -> dict[str, dict[str, Any]]:
-    """How each kind of worker is started: its target, what it is given, whether it comes back after a death.
-
-    Engines, stages and evaluation come back; a rank of the trainer's world does not.
-    """
-    payload = {"recipe": recipe_path}
-    settings: dict[str, dict[str, Any]] = {}
-    for stage in pipeline.graph.stages:
-        if stage.kind is Kind.DRIVER:
-            restart = "never" if stage.worker == "train" else "always"
-            settings[stage.worker] = {"target": stage.run, "payload": payload, "restart": restart}
-        else:
-            mapped = settings.setdefault(
-                stage.worker, {"target": "controllers.executor:run_stages", "restart": "always", "payload": payload}
-            )
-            declared = {**dataclasses.asdict(stage), "unit": stage.unit.value, "kind": stage.kind.value}
-            mapped["payload"] = {**mapped["payload"], "stages": [*mapped["payload"].get("stages", ()), declared]}
+def worker_settings(built: Pipeline, recipe_path: Path) -> dict[str, WorkerSettings]:
+    """How each kind of worker is started, what it is given, and whether it comes back after a death: engines, stages
+    and evaluation do; a rank of the trainer's world does not, because the world dies with it."""
+    settings: dict[str, WorkerSettings] = {}
+    for worker, members in built.graph.workers().items():
+        payload: dict[str, Any] = {"recipe": str(recipe_path)}
+        target = members[0].run
+        if members[0].kind is Kind.MAPPED:
+            target = EXECUTOR_TARGET
+            payload["stages"] = [msgspec.to_builtins(stage) for stage in members]
+        restart: Literal["always", "never"] = "never" if worker == "train" else "always"
+        settings[worker] = {"target": target, "payload": payload, "restart": restart}
     return settings
+
+
+def controller_settings(built: Pipeline, run_dir: Path) -> ControllerSettings:
+    """Raises ValueError for an interface that this machine does not have."""
+    recipe = built.recipe
+    optional: dict[str, Any] = {}
+    if recipe.run.session_dir is not None:
+        optional["session_root"] = Path(recipe.run.session_dir)
+    return ControllerSettings(
+        run_dir=run_dir,
+        queue=QueueSettings(
+            batch_rows=recipe.train.batch_groups * recipe.rollout.group_size,
+            max_staleness=recipe.staleness.max,
+            late=recipe.staleness.late,
+            byte_limit=recipe.queue.byte_limit_mb << 20,
+            lease_s=recipe.queue.lease_s,
+        ),
+        needed_bytes=published_bytes(recipe),
+        interface=recipe.network.interface,
+        address=interface_address(recipe.network.interface),
+        recipe=fingerprint(recipe),
+        **optional,
+    )
+
+
+def published_bytes(recipe: Recipe) -> int:
+    """What the versions kept on the node's tmpfs take, one more being written and one pinned."""
+    if recipe.weights.transport == "disk":
+        return 0
+    return (recipe.weights.buffers + 2) * serving_bytes(Path(recipe.model.path), recipe.model.dtype)
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """Equal on all nodes, or the run is refused."""
+    return hashlib.sha256(to_yaml(recipe).encode()).hexdigest()[:16]
+
+
+def interface_address(interface: str) -> str:
+    """The IPv4 address of a network interface of this machine."""
+    request = struct.pack("256s", interface.encode()[:15])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)
+        except OSError as error:
+            names = ", ".join(name for _, name in socket.if_nameindex())
+            raise ValueError(
+                f"network.interface: {interface!r}; has no address here ({error.strerror}); this machine has {names}"
+            ) from None
+    return socket.inet_ntoa(answer[20:24])

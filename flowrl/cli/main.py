@@ -7,11 +7,14 @@ needed, so that `--help` is instant.
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from flowrl import __version__
 
 COMMANDS = {
     "run": "train a model as a recipe says",
@@ -22,16 +25,14 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = _parser()
     given = list(sys.argv[1:] if arguments is None else arguments)
-    name = next((word for word in given if not word.startswith("-")), None)
-    if name in COMMANDS:
-        command = importlib.import_module(f"flowrl.cli.{name.replace('-', '_')}")
-        command.configure(parser.commands[name])
-    parsed = parser.parse_args(given)
-    if parsed.command is None:
-        parser.print_help()
-        return 2
+    if not given or given[0] not in COMMANDS:
+        return _without_command(given)
+    name = given[0]
+    command = importlib.import_module(f"flowrl.cli.{name.replace('-', '_')}")
+    parser = argparse.ArgumentParser(prog=f"flowrl {name}", description=COMMANDS[name])
+    command.configure(parser)
+    parsed = parser.parse_intermixed_args(given[1:])
     try:
         refuse_foreign_packages()
         return command.run(parsed)
@@ -40,19 +41,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-class _Parser(argparse.ArgumentParser):
-    commands: dict[str, argparse.ArgumentParser]
-
-
-def _parser() -> _Parser:
-    parser = _Parser(prog="flowrl", description="Asynchronous reinforcement learning for language models.")
-    parser.set_defaults(command=None)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=argparse.ArgumentParser)
-    parser.commands = {}
-    for name, text in COMMANDS.items():
-        parser.commands[name] = commands.add_parser(name, help=text, description=text)
-        parser.commands[name].set_defaults(command=name)
-    return parser
+def _without_command(given: Sequence[str]) -> int:
+    lines = "\n".join(f"  {name:<12} {text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="flowrl",
+        usage="flowrl COMMAND …",
+        description="Asynchronous reinforcement learning for language models.",
+        epilog=f"commands:\n{lines}\n\n`flowrl COMMAND --help` says more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"flowrl {__version__}")
+    _, unknown = parser.parse_known_args(given)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], COMMANDS, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        parser.error(f"{unknown[0]!r} is no command; they are {', '.join(COMMANDS)}{hint}")
+    parser.print_help()
+    return 2
 
 
 def refuse_foreign_packages() -> None:

@@ -49,8 +49,7 @@ def describe(built: Pipeline) -> str:
 
 def train(built: Pipeline, topology: Topology) -> int:
     from controllers.node import NodeController
-
-    from flowrl.pipeline import node_settings
+    from flowrl.pipeline import controller_settings, worker_settings
     from flowrl.record import run_directory
     from flowrl.record.display import Display
     from flowrl.record.recorder import Recorder
@@ -60,8 +59,14 @@ def train(built: Pipeline, topology: Topology) -> int:
     ensure_model(Path(recipe.model.path), recipe_path)
     with Display(recipe.run.name, recipe.train.steps, is_shown=topology.node == 0) as display:
         recorder = Recorder(recipe, directory, topology.node, display)
-        controller = NodeController(topology, built.graph, built.workers, node_settings(built, directory, recipe_path))
-        controller.observe(recorder)
+        controller = NodeController(
+            topology,
+            built.graph,
+            built.workers,
+            controller_settings(built, directory),
+            worker_settings(built, recipe_path),
+            recorder.observers(),
+        )
         code = controller.run()
         summary = recorder.close()
     if topology.node == 0:

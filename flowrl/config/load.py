@@ -20,14 +20,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises ValueError, naming field, value and rule.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"recipe: {str(path)!r}; no such file")
-    try:
-        given = OmegaConf.load(path)
-    except Exception as error:  # the YAML parser has several trees of exceptions
-        raise ValueError(f"recipe: {str(path)!r} is not YAML: {error}") from error
-    if not isinstance(given, DictConfig):
-        raise ValueError(f"recipe: {str(path)!r} holds a {type(given).__name__}; it must be a mapping")
+    given = _read(Path(path))
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"override: {override!r}; must read field.name=value")
@@ -41,6 +34,26 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     assert isinstance(recipe, Recipe)
     _refuse_missing_paths(recipe)
     return recipe
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
+    """The file's mapping over that of the recipe it names as `base`, a path beside its own."""
+    if not path.is_file():
+        raise ValueError(f"recipe: {str(path)!r}; no such file")
+    if path.resolve() in seen:
+        raise ValueError(f"base: {str(path)!r}; a recipe cannot be its own base")
+    try:
+        given = OmegaConf.load(path)
+    except Exception as error:  # the YAML parser has several trees of exceptions
+        raise ValueError(f"recipe: {str(path)!r} is not YAML: {error}") from error
+    if not isinstance(given, DictConfig):
+        raise ValueError(f"recipe: {str(path)!r} holds a {type(given).__name__}; it must be a mapping")
+    base = given.pop("base", None)
+    if base is None:
+        return given
+    merged = OmegaConf.merge(_read(path.parent / str(base), (*seen, path.resolve())), given)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def to_yaml(recipe: Recipe) -> str:

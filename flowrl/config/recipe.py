@@ -132,9 +132,9 @@ class StalenessConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """engine: `embedded` (PyTorch, in the worker) or `sglang` (servers). in_flight: what a weight update does to running
-    responses: `keep` their KV, `recompute` it, or `abort` and resume. concurrency: groups an engine works on at once.
-    server_args and python are SGLang's: arguments by their own names, and the interpreter that has it installed."""
+    """engine: `embedded` (PyTorch, in the worker) or `sglang` (servers). in_flight: what a weight update does to the KV
+    of running responses: `keep` or `recompute` it. concurrency: groups an engine works on at once. server_args and
+    python are SGLang's: arguments by their own names, and the interpreter that has it installed."""
 
     engine: str = "embedded"
     group_size: int = 8
@@ -300,18 +300,21 @@ class NetworkConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where a run leaves its files: `dir`/`name`. checkpoint_every: updates; the last one is always kept. session_dir:
-    the tmpfs for sockets and weights."""
+    """Where a run leaves its files: `dir`/`name`. checkpoint_every: updates, 0 for none but the last. samples_every:
+    groups, two samples of which are written for people to read. session_dir: a directory on tmpfs for sockets and
+    weights, by default one of the user's in /dev/shm."""
 
     name: str
     dir: str = "runs"
     checkpoint_every: int = 0
+    checkpoints_kept: int = 2
     samples_every: int = 10
-    session_dir: str = "/dev/shm"
+    session_dir: str | None = None
 
     def __post_init__(self) -> None:
         check_at_least("run.checkpoint_every", self.checkpoint_every, 0)
         check_at_least("run.samples_every", self.samples_every, 1)
+        check_at_least("run.checkpoints_kept", self.checkpoints_kept, 1)
         if not self.name or "/" in self.name:
             raise ValueError(f"run.name: {self.name!r}; must be a directory name")
 
@@ -343,8 +346,8 @@ class Recipe:
             raise ValueError("data.dev: 0; warm_start needs a development set")
         if self.network.interface != "lo" and not self.network.trusted:
             raise ValueError(
-                f"network.trusted: false; torch RPC has no secret and unpickles, so a run on {self.network.interface!r} "
-                "is refused unless you say that the network is closed"
+                "network.trusted: false; torch RPC has no secret and unpickles, so a run on network.interface="
+                f"{self.network.interface} is refused unless you say that the network is closed"
             )
         if self.network.interface != "lo" and self.network.secret_file is None:
             raise ValueError("network.secret_file: missing; off loopback the queue's sockets need a shared secret")

@@ -12,6 +12,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from controllers.supervisor import WorkerState
+
 LINE_EVERY_S = 5.0
 SHOWN = {
     "critic/score/mean": "reward",
@@ -37,7 +39,7 @@ class Display:
         self.task = self.progress.add_task(name, total=steps)
         self.steps = steps
         self.values: dict[str, float] = {}
-        self.workers: dict[str, tuple[str, str]] = {}
+        self.workers: dict[str, tuple[WorkerState, str]] = {}
         self.accuracies: list[tuple[int, float]] = []
         self.last_line = 0.0
         is_live = is_shown and self.console.is_terminal
@@ -67,11 +69,14 @@ class Display:
         if self.is_shown:
             self.console.print(f"version {version}: accuracy {accuracy:.1%} on {prompts} held-out prompts")
 
-    def worker(self, worker: str, state: str, text: str) -> None:
-        changed = self.workers.get(worker, ("", ""))[0] != state
-        self.workers[worker] = (state, text)
-        if self.is_shown and changed and state in ("died", "restarted", "silent", "failed"):
-            self.console.print(f"{worker}: {state}: {text}", markup=False)
+    def worker(self, worker: str, state: WorkerState, text: str) -> None:
+        self.workers[worker] = (state, text.splitlines()[0] if text else "")
+        if state in (WorkerState.DOWN, WorkerState.FAILED):
+            self.console.print(f"{worker}: {text}", markup=False, highlight=False, soft_wrap=True)
+
+    def ended(self, code: int, reason: str) -> None:
+        if self.is_shown and code:
+            self.console.print(f"the run ended early: {reason}", markup=False, highlight=False, soft_wrap=True)
 
     def __rich__(self) -> Group:
         numbers = Table.grid(padding=(0, 3))
@@ -86,5 +91,5 @@ class Display:
         states.add_column("state")
         states.add_column("waits for")
         for worker, (state, text) in sorted(self.workers.items()):
-            states.add_row(worker, state, text)
+            states.add_row(worker, state.value, text)
         return Group(self.progress, numbers, states)

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from controllers.node import Observer
-
+from controllers.settings import Observers
+from controllers.supervisor import WorkerState
 from flowrl.config import Recipe
 from flowrl.record.display import Display
 
 
-class Recorder(Observer):
+class Recorder:
     def __init__(self, recipe: Recipe, directory: Path, node: int, display: Display) -> None:
         self.recipe = recipe
         self.directory = directory
@@ -28,7 +28,17 @@ class Recorder(Observer):
         self.evaluations: dict[int, float] = {}
         self.finished: dict[str, Any] = {}
 
+    def observers(self) -> Observers:
+        return Observers(
+            on_report=self.on_report,
+            on_worker=self.on_worker,
+            on_announcement=self.on_announcement,
+            on_end=self.display.ended,
+        )
+
     def on_report(self, worker: str, metrics: Mapping[str, float], step: int | None) -> None:
+        if self.node:
+            return  # node 0 hears it too
         line = {"t": round(time.monotonic() - self.started, 3), "step": step, "node": self.node, "worker": worker}
         self.metrics.write(json.dumps({**line, **metrics}) + "\n")
         self.display.metrics(metrics, step)
@@ -40,7 +50,7 @@ class Recorder(Observer):
         elif topic == "trained":
             self.finished = dict(payload)
 
-    def on_worker(self, worker: str, state: str, text: str) -> None:
+    def on_worker(self, worker: str, state: WorkerState, text: str) -> None:
         self.display.worker(worker, state, text)
 
     def close(self) -> dict[str, Any]:

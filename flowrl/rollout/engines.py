@@ -8,27 +8,36 @@ from controllers.context import WorkerContext
 from flowrl.config import Recipe
 from flowrl.rollout.engine import Engine
 
+EVALUATION_BATCH = 256
+
 
 def make_engine(recipe: Recipe, context: WorkerContext, longest_prompt: int) -> Engine:
     """An engine on the worker's first device, for prompts of up to `longest_prompt` tokens."""
     rollout = recipe.rollout
-    max_model_tokens = longest_prompt + rollout.max_tokens
-    device = context.devices[0]
     if rollout.engine == "sglang":
         from flowrl.rollout.sglang.engine import SGLangEngine
 
         return SGLangEngine(
             python=rollout.python or sys.executable,
-            device=device.partition(":")[0],
+            device=context.devices[0].partition(":")[0],
             server_args={"dtype": recipe.model.dtype, **rollout.server_args},
             log_path=context.run_dir / "logs" / f"{context.name}.sglang.log",
         )
+    return _embedded(recipe, context, rollout.concurrency * rollout.group_size, longest_prompt)
+
+
+def make_evaluation_engine(recipe: Recipe, context: WorkerContext, longest_prompt: int) -> Engine:
+    """Embedded whatever the rollout uses: it follows pinned versions on its own device, and needs no server."""
+    return _embedded(recipe, context, EVALUATION_BATCH, longest_prompt)
+
+
+def _embedded(recipe: Recipe, context: WorkerContext, max_batch: int, longest_prompt: int) -> Engine:
     from flowrl.rollout.embedded.engine import EmbeddedEngine
 
     return EmbeddedEngine(
-        device=device,
+        device=context.devices[0],
         dtype=recipe.model.dtype,
-        max_batch=rollout.concurrency * rollout.group_size,
-        max_model_tokens=max_model_tokens,
+        max_batch=max_batch,
+        max_model_tokens=longest_prompt + recipe.rollout.max_tokens,
         threads=context.threads,
     )

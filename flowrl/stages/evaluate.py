@@ -1,8 +1,8 @@
 """The evaluation stage: accuracy of pinned versions on held-out prompts, in a process and an engine of its own.
 
 The trainer pins every version that is to be evaluated (a hard-linked directory). This stage takes pins oldest first,
-whenever it gets to them, and removes each when it is done: training never waits for it, every evaluation is of one named
-version, and a restart goes on where the last one stopped.
+whenever it gets to them, and removes each when it is done: training never waits for it, every evaluation is of one
+named version, and a restart goes on where the last one stopped.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from controllers.context import WorkerContext
+from controllers.messages import FINISHED_TOPIC
 from flowrl.config import Recipe, load
 from flowrl.data.datasets import Example, load_splits
 from flowrl.data.prompts import PromptEncoder
 from flowrl.rewards.function import load_reward
 from flowrl.rollout.engine import GenerateRequest, SamplingParams
 from flowrl.rollout.engines import make_evaluation_engine
+from flowrl.weights.place import EVALUATION_PIN, weights_root
 from flowrl.weights.store import WeightStore
 
 
@@ -60,16 +62,16 @@ class Evaluation:
         self.context.on("trained", lambda payload: loop.call_soon_threadsafe(wake, payload, True))
         stopped = asyncio.ensure_future(loop.run_in_executor(None, self.context.stopping.wait))
         stopped.add_done_callback(lambda _: news.set())
-        store = WeightStore(weights_root(self.context, self.recipe), self.recipe.weights.buffers)
+        store = WeightStore(weights_root(self.recipe, self.context.session_dir), self.recipe.weights.buffers)
         self.context.ready()
         evaluated = -1
         while not self.context.stopping.is_set():
-            for version, path in store.pinned():
+            for version, path in store.pinned(EVALUATION_PIN):
                 await self._evaluate(version, path)
-                store.unpin(version)
+                store.unpin(version, EVALUATION_PIN)
                 evaluated = version
             if last and evaluated >= int(last["version"]):
-                self.context.announce("run/finished", {"version": evaluated})
+                self.context.announce(FINISHED_TOPIC, {"version": evaluated})
             with self.context.waiting_for("a version to evaluate"):
                 await news.wait()
             news.clear()

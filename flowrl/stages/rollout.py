@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from controllers.eventlog import EventLog
-from transfer_queue.client import AsyncQueueClient, Reservation
+from transfer_queue.client import AsyncQueueClient
 
 from controllers.context import WorkerContext
+from controllers.eventlog import EventLog
 from flowrl.config import Recipe, load
 from flowrl.data.datasets import load_splits
 from flowrl.data.order import prompt_at
@@ -29,6 +29,7 @@ from flowrl.rollout.engine import Engine, FinishReason, GenerateRequest, PauseMo
 from flowrl.rollout.engines import make_engine
 from flowrl.rollout.episodes import Episode, Trajectory
 from transfer_queue.rows import Column, RowKey
+from transfer_queue.wire import Reservation
 
 RESERVE_WAIT_S = 30.0
 BYTES_PER_RESPONSE_TOKEN = 4 + 1 + 4 + 4  # response_tokens, response_mask, rollout_logprobs, token_versions
