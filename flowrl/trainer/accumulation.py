@@ -1,0 +1,43 @@
+"""Gradients of one update under FSDP2: parameters gathered once, ranks free of each other, one closing backward.
+
+    begin -> any number of backward passes, different on each rank -> close (one backward on every rank) -> sharded
+
+Between `begin` and `close` no rank waits for another, so one may run five micro-batches while its neighbour runs two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flowrl.trainer.model import Policy, fsdp_modules
+
+
+class Accumulation:
+    """Owns the sharding state of `policy` during an update; the parameters must fit unsharded."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._modules = fsdp_modules(policy)
+        self.is_open = False
+        for module in self._modules:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.set_reshard_after_backward(False, recurse=False)
+
+    def begin(self) -> None:
+        """A collective: gathers the parameters."""
+        assert not self.is_open, "the update before this one has not ended"
+        for module in self._modules:
+            module.unshard()
+            module.set_requires_gradient_sync(False, recurse=False)
+        self.is_open = True
+
+    def close(self, backward: Callable[[], None]) -> None:
+        """A collective: `backward` must run one pass through the whole model, with which the gradients that were
+        accumulated before it are summed over all ranks. Leaves parameters and gradients sharded."""
+        assert self.is_open, "no update has begun"
+        for module in self._modules:
+            module.set_requires_gradient_sync(True, recurse=False)
+        backward()
+        for module in self._modules:
+            module.reshard()
+        self.is_open = False

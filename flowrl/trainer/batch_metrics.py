@@ -1,0 +1,115 @@
+"""What a batch was like: scores, lengths, staleness, time. Measured from the rows that were consumed.
+
+The largest staleness is counted here from the tokens' own versions, by code that has no part in enforcing the bound.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from flowrl.trainer.totals import Totals
+from flowrl.trainer.world import World
+from transfer_queue.rows import Column, Rows
+
+STALENESS = "training/off_policy/trajectory_staleness"
+FINISHED_BY_LENGTH = 1
+
+
+class BatchMetrics:
+    """add and waited during an update, reduce at its end; staleness over all updates."""
+
+    def __init__(self, group_size: int) -> None:
+        self._group_size = group_size
+        self._totals = self._fresh()
+        self._max_staleness = 0
+        self._sum_staleness = 0.0
+        self._num_rows = 0.0
+
+    def add(self, rows: Rows, update: int) -> None:
+        """`rows`: whole groups, in the order of their keys' groups or any other."""
+        score_B = rows["reward"].values.astype(np.float64)
+        versions = rows["token_versions"]
+        oldest_B = np.minimum.reduceat(versions.values, versions.offsets[:-1])
+        newest_B = np.maximum.reduceat(versions.values, versions.offsets[:-1])
+        self._measure("critic/score", score_B)
+        self._measure("critic/advantages", rows["advantage"].values)
+        self._measure("response_length", rows["response_tokens"].lengths)
+        self._measure("prompt_length", rows["prompt_tokens"].lengths)
+        self._measure(STALENESS, update - oldest_B)
+        self._measure("training/off_policy/trajectory_spans", newest_B - oldest_B + 1)
+        self._totals.add("rows", float(len(rows)))
+        self._totals.add("clipped", float(np.count_nonzero(rows["finish_reason"].values == FINISHED_BY_LENGTH)))
+        self._totals.add("tied_groups", float(_tied_groups(rows)))
+        self._totals.add("tokens", float(_num_tokens(rows["prompt_tokens"]) + _num_tokens(rows["response_tokens"])))
+
+    def waited(self, seconds: float) -> None:
+        self._totals.add("waited_s", seconds)
+
+    def reduce(self, world: World, step_s: float) -> dict[str, float]:
+        """On every rank. Starts the next update's measures."""
+        totals = self._totals.reduce(world)
+        self._totals = self._fresh()
+        num_rows = max(1.0, totals["rows"])
+        found: dict[str, float] = {}
+        for name in MEASURED:
+            found[f"{name}/mean"] = totals[f"{name}/sum"] / num_rows
+            found[f"{name}/max"] = totals[f"{name}/max"]
+            found[f"{name}/min"] = -totals[f"{name}/-min"]
+        self._max_staleness = max(self._max_staleness, int(found[f"{STALENESS}/max"]))
+        self._sum_staleness += totals[f"{STALENESS}/sum"]
+        self._num_rows += totals["rows"]
+        wait_s = totals["waited_s"] / world.size
+        return found | {
+            "response_length/clip_ratio": totals["clipped"] / num_rows,
+            "frac_reward_zero_std": totals["tied_groups"] * self._group_size / num_rows,
+            "perf/throughput": totals["tokens"] / step_s,
+            "timing_s/step": step_s,
+            "timing_s/wait_for_rows": wait_s,
+            "timing_s/update_actor": max(0.0, step_s - wait_s),
+        }
+
+    def staleness(self) -> dict[str, float]:
+        """Over all updates so far, all ranks."""
+        return {
+            "max_staleness": self._max_staleness,
+            "mean_staleness": round(self._sum_staleness / max(1.0, self._num_rows), 4),
+        }
+
+    def _measure(self, name: str, value_B: np.ndarray) -> None:
+        self._totals.add(f"{name}/sum", float(value_B.sum()))
+        self._totals.maximum(f"{name}/max", torch.tensor(float(value_B.max()), dtype=torch.float64))
+        self._totals.maximum(f"{name}/-min", torch.tensor(-float(value_B.min()), dtype=torch.float64))
+
+    def _fresh(self) -> Totals:
+        """With every name there, because ranks that saw no row must reduce the same ones."""
+        totals = Totals()
+        for name in MEASURED:
+            totals.add(f"{name}/sum", 0.0)
+            totals.maximum(f"{name}/max", torch.tensor(-torch.inf, dtype=torch.float64))
+            totals.maximum(f"{name}/-min", torch.tensor(-torch.inf, dtype=torch.float64))
+        for name in ("rows", "clipped", "tied_groups", "tokens", "waited_s"):
+            totals.add(name, 0.0)
+        return totals
+
+
+MEASURED = (
+    "critic/score",
+    "critic/advantages",
+    "response_length",
+    "prompt_length",
+    STALENESS,
+    "training/off_policy/trajectory_spans",
+)
+
+
+def _num_tokens(column: Column) -> int:
+    return len(column.values)
+
+
+def _tied_groups(rows: Rows) -> int:
+    """Groups whose rewards are all alike."""
+    reward_by_group: dict[int, set[float]] = {}
+    for key, reward in zip(rows.keys, rows["reward"].values.tolist(), strict=True):
+        reward_by_group.setdefault(key.group, set()).add(reward)
+    return sum(len(rewards) == 1 for rewards in reward_by_group.values())
