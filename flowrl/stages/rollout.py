@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transfer_queue.client import AsyncQueueClient
 
 from controllers.context import WorkerContext
 from controllers.eventlog import EventLog
@@ -28,6 +27,7 @@ from flowrl.dotted import load_attribute
 from flowrl.rollout.engine import Engine, FinishReason, GenerateRequest, PauseMode, SamplingParams
 from flowrl.rollout.engines import make_engine
 from flowrl.rollout.episodes import Episode, Trajectory
+from transfer_queue.client import AsyncQueueClient
 from transfer_queue.rows import Column, RowKey
 from transfer_queue.wire import Reservation
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-
-from transfer_queue.client import QueueClient
+from typing import Any
 
 from controllers.context import WorkerContext
 from controllers.eventlog import EventLog
@@ -28,6 +27,7 @@ from flowrl.trainer.world import World, join
 from flowrl.weights.place import EVALUATION_PIN, weights_root
 from flowrl.weights.publish import Publisher
 from flowrl.weights.store import WeightStore
+from transfer_queue.client import QueueClient
 from transfer_queue.rows import RowKey, Rows
 
 TAKE_WAIT_S = 10.0
@@ -36,10 +36,12 @@ INCARNATION = 0
 
 def main(context: WorkerContext) -> None:
     recipe = load(context.payload["recipe"])
-    host, port = context.rendezvous("train")
+    if context.num_nodes == 1:
+        meeting: dict[str, Any] = {"file": context.session_dir / "trainer-world"}
+    else:
+        meeting = dict(zip(("host", "port"), context.rendezvous("train"), strict=True))
     with join(
-        host=host,
-        port=port,
+        **meeting,
         rank=context.rank,
         world_size=context.world_size,
         device=context.devices[0],

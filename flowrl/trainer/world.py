@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -30,16 +31,19 @@ class World:
 @contextmanager
 def join(
     *,
-    host: str,
-    port: int,
     rank: int,
     world_size: int,
+    file: Path | None = None,
+    host: str = "",
+    port: int = 0,
     device: str = "cpu",
     interface: str | None = None,
     timeout_s: float = 300.0,
 ) -> Iterator[World]:
-    """Waits until all ranks have met at host:port, at most `timeout_s`; leaves the world at the end.
+    """Waits until all ranks have met, at most `timeout_s`; leaves the world at the end.
 
+    file: where ranks of one machine meet; it must not exist before. host, port: where those of several do; torch's
+    store listens there on all interfaces and has no secret, so that network must be a closed one.
     interface: the network interface that collectives use; None leaves the choice to the backend.
     """
     if not 0 <= rank < world_size:
@@ -53,7 +57,10 @@ def join(
     timeout = timedelta(seconds=timeout_s)
     # Checkpoints and scalars on the host go over gloo also where gradients go over NCCL.
     backend = "cpu:gloo,cuda:nccl" if is_gpu else "gloo"
-    store = dist.TCPStore(host, port, world_size, is_master=rank == 0, timeout=timeout)
+    if file is not None:
+        store: dist.Store = dist.FileStore(str(file), world_size)
+    else:
+        store = dist.TCPStore(host, port, world_size, is_master=rank == 0, timeout=timeout)
     dist.init_process_group(
         backend,
         store=store,
