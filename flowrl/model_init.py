@@ -6,6 +6,8 @@ Written without torch and transformers, which take longer to import than this ta
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 import os
 import shutil
@@ -52,6 +54,7 @@ def create_model(path: Path, init: ModelInitConfig, texts: Iterable[str]) -> Non
             (making / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         weights = random_weights(init, tokenizer.get_vocab_size())
         save_file(weights, making / "model.safetensors", metadata={"format": "pt"})
+        (making / "model.safetensors").chmod(0o644)
         making.chmod(0o755)
         os.rename(making, path)
     except BaseException:
@@ -81,14 +84,25 @@ def character_tokenizer(texts: Sequence[str]) -> Tokenizer:
 
 
 def shared_prefix(texts: Sequence[str]) -> str:
-    """The longest beginning that at least half of `texts` (sorted, distinct) share; "" for a single text. Half, because
-    every prompt may come with its answer."""
-    half = (len(texts) + 1) // 2
-    if half < 2:
-        return ""
-    # Among sorted texts, those with one beginning are adjacent, and it is that of the first and the last of them.
-    windows = zip(texts, texts[half - 1 :], strict=False)
-    return max((os.path.commonprefix(ends) for ends in windows), key=len)
+    """Of the beginnings that at least half of `texts` (sorted, distinct) share, the one that as a single token saves
+    most characters; "" for a single text. Half, because every prompt may come with its answer."""
+    candidates = {_common_beginning(first, second) for first, second in itertools.pairwise(texts)}
+    saved = {candidate: len(candidate) * _num_beginning_with(texts, candidate) for candidate in candidates}
+    return max(
+        (candidate for candidate in candidates if 2 * saved[candidate] >= len(texts) * len(candidate)),
+        key=lambda candidate: saved[candidate],
+        default="",
+    )
+
+
+def _num_beginning_with(texts: Sequence[str], beginning: str) -> int:
+    start = bisect.bisect_left(texts, beginning)
+    return bisect.bisect_left(texts, True, start, key=lambda text: not text.startswith(beginning)) - start
+
+
+def _common_beginning(first: str, last: str) -> str:
+    length = next((place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return first[:length]
 
 
 def random_weights(init: ModelInitConfig, vocabulary_size: int) -> dict[str, np.ndarray]:
@@ -139,7 +153,6 @@ def _json_files(tokenizer: Tokenizer, init: ModelInitConfig) -> dict[str, dict[s
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "rope_theta": 10000.0,
         "attention_bias": False,
         "attention_dropout": 0.0,
         "use_sliding_window": False,

@@ -1,0 +1,1 @@
+"""Reads what a run left, checks it and draws it. Writes nothing into a run but its picture."""

@@ -1,0 +1,129 @@
+"""A node's end of the clock: answers the shards of its node, from the accounts on node 0.
+
+On node 0 the accounts are here, behind a lock; elsewhere requests go to node 0 in batches, one batch at a time, because
+their order matters. When the accounts change in a way that may grant what was refused, all shards are told. What the
+numbers mean is `transfer_queue.staleness`'s.
+"""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections.abc import Callable
+from functools import partial
+
+import msgspec
+import zmq
+
+from controllers.mailbox import Mailbox
+from controllers.peers import Peers
+from controllers.settings import QueueSettings
+from transfer_queue.clock import clock_state, decode_clock_request, encode_clock, serve_clock_request
+from transfer_queue.staleness import Accounts
+
+_SERVE = "clock/serve"
+_STATE = "clock/state"
+_encode_batch = msgspec.msgpack.Encoder().encode
+_decode_batch = msgspec.msgpack.Decoder(list[bytes]).decode
+
+
+class ClockService:
+    """Made before the peers start, then `start`ed. on_failure(reason) is called once, from the service's thread, if it
+    cannot go on."""
+
+    def __init__(
+        self, endpoint: str, peers: Peers, settings: QueueSettings, timeout_s: float, on_failure: Callable[[str], None]
+    ) -> None:
+        self._endpoint = endpoint
+        self._peers = peers
+        self._timeout_s = timeout_s
+        self._on_failure = on_failure
+        self._mailbox = Mailbox()
+        self._shards: set[bytes] = set()
+        self._is_closing = False
+        if peers.node == 0:
+            self._lock = threading.Lock()
+            self._accounts = Accounts(
+                settings.batch_rows, settings.max_staleness, settings.version, settings.incarnation
+            )
+            self._seen_changes = self._accounts.changes
+            peers.register(_SERVE, self._serve_remote)
+        else:
+            peers.register(_STATE, self._hear_state)
+        self._thread = threading.Thread(target=self._run, name="clock", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._mailbox.post(self._set_closing)
+        self._thread.join()
+
+    def _run(self) -> None:
+        context = zmq.Context()
+        self._router: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
+        self._router.setsockopt(zmq.LINGER, 0)
+        self._router.bind(self._endpoint)
+        try:
+            self._loop()
+        except Exception as error:  # whatever it is, a run without its clock must end
+            self._on_failure(f"clock of node {self._peers.node}: {error!r}\n{traceback.format_exc()}")
+        self._router.close()
+        context.term()
+
+    def _loop(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._router, zmq.POLLIN)
+        poller.register(self._mailbox.fd, zmq.POLLIN)
+        serve = self._serve if self._peers.node == 0 else self._forward
+        while not self._is_closing:
+            ready = dict(poller.poll())
+            if self._mailbox.fd in ready:
+                self._mailbox.run()
+            if self._router in ready:
+                identities, requests = self._receive()
+                for identity, reply in zip(identities, serve(requests), strict=True):
+                    if reply:
+                        self._router.send_multipart([identity, reply])
+
+    def _receive(self) -> tuple[list[bytes], list[bytes]]:
+        """All that has arrived: (shards, requests)."""
+        identities, requests = [], []
+        while self._router.poll(0):
+            identity, request = self._router.recv_multipart()
+            identities.append(identity)
+            requests.append(request)
+        self._shards.update(identities)
+        return identities, requests
+
+    def _serve(self, requests: list[bytes]) -> list[bytes]:
+        """A reply for each, empty where there is none. On node 0, in any thread."""
+        replies = []
+        with self._lock:
+            for request in requests:
+                reply = serve_clock_request(self._accounts, decode_clock_request(request))
+                replies.append(b"" if reply is None else encode_clock(reply))
+            has_changed = self._accounts.changes != self._seen_changes
+            self._seen_changes = self._accounts.changes
+            state = encode_clock(clock_state(self._accounts))
+        if has_changed:
+            self._mailbox.post(partial(self._tell_shards, state))
+            self._peers.broadcast(_STATE, state)
+        return replies
+
+    def _forward(self, requests: list[bytes]) -> list[bytes]:
+        return _decode_batch(self._peers.call(0, _SERVE, _encode_batch(requests), self._timeout_s))
+
+    def _serve_remote(self, _node: int, batch: bytes) -> bytes:
+        return _encode_batch(self._serve(_decode_batch(batch)))
+
+    def _hear_state(self, _node: int, state: bytes) -> bytes:
+        self._mailbox.post(partial(self._tell_shards, state))
+        return b""
+
+    def _tell_shards(self, state: bytes) -> None:
+        for shard in self._shards:
+            self._router.send_multipart([shard, state])
+
+    def _set_closing(self) -> None:
+        self._is_closing = True

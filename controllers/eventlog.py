@@ -1,0 +1,81 @@
+"""The run's event log: JSON objects, one a line, appended by many processes to one file.
+
+Whole lines only, in single appending writes, so that the lines of different processes never mix. What the kinds mean is
+their writers' matter.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+_FLUSH_S = 0.2
+_FLUSH_BYTES = 64 * 1024
+
+
+class EventLog:
+    """A context manager; usable from any thread. Lines reach the file within 0.2 s, or as soon as 64 KiB wait."""
+
+    def __init__(self, path: Path, node: int) -> None:
+        self._node = node
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._encode = msgspec.json.Encoder().encode
+        self._buffer = bytearray()
+        self._changed = threading.Condition()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="event-log", daemon=True)
+        self._thread.start()
+
+    def write(self, kind: str, key: Sequence[str | int] | None = None, **fields: Any) -> None:
+        """`key`: [partition, group, index, attempt]."""
+        event: dict[str, Any] = {"t": time.time(), "node": self._node, "kind": kind}
+        if key is not None:
+            event["key"] = key
+        event.update(fields)
+        line = self._encode(event) + b"\n"
+        with self._changed:
+            assert not self._is_closed, "the event log is closed"
+            self._buffer += line
+            if len(self._buffer) == len(line):
+                self._changed.notify()
+            elif len(self._buffer) >= _FLUSH_BYTES:
+                self._flush()
+
+    def close(self) -> None:
+        """Idempotent."""
+        with self._changed:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            self._changed.notify()
+        self._thread.join()
+        os.close(self._fd)
+
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        """Sleeps until there is a first line, then lets others gather behind it."""
+        with self._changed:
+            while not self._is_closed:
+                self._changed.wait_for(lambda: self._buffer or self._is_closed)
+                self._changed.wait_for(lambda: self._is_closed, timeout=_FLUSH_S)
+                self._flush()
+
+    def _flush(self) -> None:
+        if self._buffer:
+            written = os.write(self._fd, self._buffer)
+            assert written == len(self._buffer), f"event log: {written} of {len(self._buffer)} bytes written"
+            self._buffer.clear()

@@ -1,0 +1,96 @@
+"""Runs the mapped stages of a worker: take, process, put, acknowledge, a thread for each stage.
+
+An executor is a class that a stage's `run` names:
+
+    class Executor(Protocol):
+        max_rows: int                                                # optional: the most rows of a call, 64 if not said
+        def __init__(self, context: WorkerContext, settings: Mapping[str, Any]) -> None: ...
+        def process(self, rows: Rows) -> Mapping[str, Column]: ...   # the stage's columns, a row for each row
+        def close(self) -> None: ...                                 # optional
+
+`process` is called from the stage's own thread, and again with the same rows if this worker dies before they are
+acknowledged: its results must follow from its input. Drivers, which own their loops, are none of this file's business.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+
+from controllers.context import WorkerContext
+from controllers.stage import Stage
+from controllers.worker import load_target
+from transfer_queue.client import QueueClient
+from transfer_queue.errors import DuplicateRow
+from transfer_queue.rows import Rows
+
+_MAX_ROWS = 64
+# How long a take may be parked in the queue, which is also how long a stop may have to wait for it.
+_WAIT_S = 1.0
+
+
+def run_stages(context: WorkerContext) -> None:
+    """Until `context.stopping`. The first stage that fails ends the others; it is raised, by name."""
+    stages = [msgspec.convert(stage, Stage) for stage in context.payload["stages"]]
+    executors = {stage.name: _make_executor(stage, context) for stage in stages}
+    failures: list[tuple[Stage, Exception]] = []
+
+    def run(stage: Stage) -> None:
+        try:
+            _run_stage(context, stage, executors[stage.name])
+        except Exception as error:
+            failures.append((stage, error))
+            context.stopping.set()
+
+    threads = [threading.Thread(target=run, args=(stage,), name=stage.name) for stage in stages]
+    for thread in threads:
+        thread.start()
+    context.ready()
+    for thread in threads:
+        thread.join()
+    for executor in executors.values():
+        if hasattr(executor, "close"):
+            executor.close()
+    for stage, error in failures:
+        raise RuntimeError(f"stage {stage.name!r}: {error!r}") from error
+
+
+def _make_executor(stage: Stage, context: WorkerContext) -> Any:
+    try:
+        return load_target(stage.run)(context, stage.settings)
+    except Exception as error:
+        raise RuntimeError(f"stage {stage.name!r} cannot be set up: {error!r}") from error
+
+
+def _run_stage(context: WorkerContext, stage: Stage, executor: Any) -> None:
+    max_rows = getattr(executor, "max_rows", _MAX_ROWS)
+    with QueueClient(context.queue_endpoints, secret=context.queue_secret) as queue:
+        while not context.stopping.is_set():
+            with context.waiting_for(f"rows for stage {stage.name}"):
+                rows = queue.take(stage.name, max_rows=max_rows, wait_s=_WAIT_S).rows
+            if len(rows):
+                columns = executor.process(rows)
+                _refuse_other_columns(stage, set(columns))
+                if columns:
+                    _put(queue, Rows(rows.keys, columns))
+                queue.ack(stage.name, rows.keys)
+
+
+def _put(queue: QueueClient, rows: Rows) -> None:
+    """Where another worker has done some of the rows meanwhile, because their lease was lost, its columns stand."""
+    try:
+        queue.put(rows.keys, rows.columns)
+    except DuplicateRow:
+        for index in range(len(rows)):
+            row = rows.select([index])
+            with suppress(DuplicateRow):
+                queue.put(row.keys, row.columns)
+
+
+def _refuse_other_columns(stage: Stage, written: set[str]) -> None:
+    """A column that is missing would be waited for forever."""
+    if written != set(stage.writes):
+        raise ValueError(f"stages.{stage.name}.writes: {sorted(stage.writes)}, but process gave {sorted(written)}")

@@ -1,0 +1,154 @@
+"""The DAG: edges derived from the columns that stages read and write. Pure: no I/O, no processes.
+
+Edges run from the writer of a column to its readers in the same partition, and from a stage to those that start `after`
+it. An optional column gives an edge that nobody waits for, so it may close a circle. Where stages run is
+`placement.py`'s matter, how it looks `drawing.py`'s.
+"""
+
+from __future__ import annotations
+
+import difflib
+import graphlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from controllers.stage import Kind, Stage, Unit
+
+
+@dataclass(frozen=True)
+class Edge:
+    """`columns` is empty for an `after` edge. is_optional: the target never waits for these columns."""
+
+    source: str
+    target: str
+    columns: tuple[str, ...] = ()
+    is_optional: bool = False
+
+
+@dataclass(frozen=True)
+class Graph:
+    """stages: in topological order, ties as they were given."""
+
+    stages: tuple[Stage, ...]
+    edges: tuple[Edge, ...]
+
+    @classmethod
+    def of(cls, stages: Iterable[Stage]) -> Graph:
+        """Raises ValueError, by name, for whatever cannot run."""
+        given = tuple(stages)
+        _refuse_duplicates(given)
+        _refuse_mapped_batches(given)
+        _refuse_mixed_workers(given)
+        edges = (*_column_edges(given), *_after_edges(given))
+        return cls(_sorted(given, edges), edges)
+
+    def __iter__(self) -> Iterator[Stage]:
+        return iter(self.stages)
+
+    def stage(self, name: str) -> Stage:
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise ValueError(f"stage {name!r}: unknown{_nearest(name, [stage.name for stage in self.stages])}")
+
+    def workers(self) -> dict[str, tuple[Stage, ...]]:
+        """Worker -> its stages, both in topological order."""
+        found: dict[str, list[Stage]] = {}
+        for stage in self.stages:
+            found.setdefault(stage.worker, []).append(stage)
+        return {worker: tuple(members) for worker, members in found.items()}
+
+
+def _refuse_duplicates(stages: Sequence[Stage]) -> None:
+    seen: set[str] = set()
+    for stage in stages:
+        if stage.name in seen:
+            raise ValueError(f"stages.{stage.name}: declared twice; a stage's name must be unique")
+        seen.add(stage.name)
+
+
+def _refuse_mapped_batches(stages: Sequence[Stage]) -> None:
+    for stage in stages:
+        if stage.unit is Unit.BATCH and stage.kind is Kind.MAPPED:
+            raise ValueError(f"stages.{stage.name}.unit: 'batch'; a mapped stage takes rows or groups, drivers batches")
+
+
+def _refuse_mixed_workers(stages: Sequence[Stage]) -> None:
+    first: dict[str, Stage] = {}
+    for stage in stages:
+        other = first.setdefault(stage.worker, stage)
+        if other.pool != stage.pool:
+            raise ValueError(
+                f"stages.{stage.name}.pool: {stage.pool!r}; it shares worker {stage.worker!r} with stage "
+                f"{other.name!r}, whose pool is {other.pool!r}; stages of one worker must name one pool"
+            )
+        if other.kind != stage.kind:
+            driver = stage if stage.kind is Kind.DRIVER else other
+            raise ValueError(
+                f"stages.{stage.name}.worker: {stage.worker!r}; {driver.name!r} is a driver and owns its process, so "
+                f"that mapped stages cannot share it"
+            )
+
+
+def _column_edges(stages: Sequence[Stage]) -> tuple[Edge, ...]:
+    writers = _writers(stages)
+    columns: dict[tuple[str, str, bool], list[str]] = {}
+    for stage in stages:
+        for column in stage.reads:
+            writer = writers.get((stage.partition, column))
+            if writer is None:
+                known = sorted(name for partition, name in writers if partition == stage.partition)
+                raise ValueError(
+                    f"stages.{stage.name}.reads: column {column!r} is written by no stage of partition "
+                    f"{stage.partition!r}{_nearest(column, known)}"
+                )
+            columns.setdefault((writer, stage.name, False), []).append(column)
+        for column in stage.optional:
+            writer = writers.get((stage.partition, column))
+            if writer is not None:
+                columns.setdefault((writer, stage.name, True), []).append(column)
+    return tuple(Edge(source, target, tuple(names), optional) for (source, target, optional), names in columns.items())
+
+
+def _writers(stages: Sequence[Stage]) -> dict[tuple[str, str], str]:
+    """(partition, column) -> stage."""
+    writers: dict[tuple[str, str], str] = {}
+    for stage in stages:
+        for column in stage.writes:
+            other = writers.setdefault((stage.partition, column), stage.name)
+            if other != stage.name:
+                raise ValueError(
+                    f"column {column!r} of partition {stage.partition!r}: written by stage {other!r} and by stage "
+                    f"{stage.name!r}; a column has one writer"
+                )
+    return writers
+
+
+def _after_edges(stages: Sequence[Stage]) -> tuple[Edge, ...]:
+    names = [stage.name for stage in stages]
+    for stage in stages:
+        for other in stage.after:
+            if other not in names:
+                raise ValueError(f"stages.{stage.name}.after: {other!r} is no stage{_nearest(other, names)}")
+    return tuple(Edge(other, stage.name) for stage in stages for other in stage.after)
+
+
+def _sorted(stages: Sequence[Stage], edges: Sequence[Edge]) -> tuple[Stage, ...]:
+    waits_for: dict[str, list[str]] = {stage.name: [] for stage in stages}
+    for edge in edges:
+        if not edge.is_optional:
+            waits_for[edge.target].append(edge.source)
+    try:
+        order = list(graphlib.TopologicalSorter(waits_for).static_order())
+    except graphlib.CycleError as error:
+        circle = error.args[1]
+        raise ValueError(f"stages: a circle, {' -> '.join(circle)}; each waits for the one before it") from None
+    by_name = {stage.name: stage for stage in stages}
+    return tuple(by_name[name] for name in order)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(known)}" if known else ""

@@ -1,0 +1,113 @@
+"""The session directory: everything of a node's that must not outlive its run, on tmpfs, mode 0700.
+
+Whoever removes it has removed everything: sockets, published weights. The owner holds a lock on a file in it; a
+directory whose lock is free has no living owner, and the next start removes it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from controllers.topology import Topology
+
+_OWNER_FILE = "owner"
+# A Unix socket's path must fit 108 bytes with its terminator; the margin is for names inside the directory.
+_MAX_SOCKET_PATH = 100
+_LONGEST_SOCKET_NAME = "control.socket.0000"
+
+
+def default_root() -> Path:
+    return Path("/dev/shm") / f"flowrl-{os.getuid()}"
+
+
+class Session:
+    """A context manager: the directory exists inside it. Raises ValueError for a place that cannot serve."""
+
+    def __init__(self, root: Path, topology: Topology, needed_bytes: int = 0) -> None:
+        # A restarted controller gets another name: its predecessor's reaper may still be removing the old one.
+        attempt = f"-r{topology.restart}" if topology.restart else ""
+        self.path = root / f"{topology.run_id}{attempt}-n{topology.node}"
+        self._root = root
+        self._needed_bytes = needed_bytes
+        socket_path = self.path / _LONGEST_SOCKET_NAME
+        if len(os.fsencode(socket_path)) > _MAX_SOCKET_PATH:
+            raise ValueError(
+                f"run.session_dir: {root}; the path of a socket in it, {socket_path}, is longer than "
+                f"{_MAX_SOCKET_PATH} bytes; name a shorter directory"
+            )
+
+    def __enter__(self) -> Session:
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self._root.stat().st_uid != os.getuid():
+            raise ValueError(f"run.session_dir: {self._root} belongs to another user; name a directory of your own")
+        # Held while directories come and go, so that none is seen between its making and its locking.
+        with _locked(self._root):
+            remove_dead_sessions(self._root)
+            if self.path.exists():
+                raise ValueError(f"run id: {self.path} belongs to a run that is alive; give this run another id")
+            self._refuse_little_space()
+            self.path.mkdir(mode=0o700)
+            self._owner = (self.path / _OWNER_FILE).open("w")
+            fcntl.flock(self._owner, fcntl.LOCK_EX)
+            self._owner.write(f"{os.getpid()}\n")
+            self._owner.flush()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.path)
+        self._owner.close()
+
+    def endpoint(self, name: str) -> str:
+        """A ZeroMQ endpoint in the directory."""
+        assert len(name) <= len(_LONGEST_SOCKET_NAME), f"{name}: too long a name for a socket"
+        return f"ipc://{self.path / name}"
+
+    def _refuse_little_space(self) -> None:
+        status = os.statvfs(self._root)
+        free = status.f_bavail * status.f_frsize
+        if free < self._needed_bytes:
+            raise ValueError(
+                f"run.session_dir: {self._root} has {free / 2**20:.0f} MiB free, and the run needs "
+                f"{self._needed_bytes / 2**20:.0f} MiB; free some or name another directory"
+            )
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove_dead_sessions(root: Path) -> list[Path]:
+    """Removes the directories whose owner is dead, and says which. The caller holds the lock on the root."""
+    removed = []
+    for path in sorted(root.iterdir()):
+        if path.is_dir() and not _has_living_owner(path):
+            shutil.rmtree(path)
+            removed.append(path)
+    return removed
+
+
+def _has_living_owner(path: Path) -> bool:
+    try:
+        owner = (path / _OWNER_FILE).open("r")
+    except FileNotFoundError:
+        return False
+    with owner:
+        try:
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

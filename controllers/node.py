@@ -1,0 +1,361 @@
+"""The controller of a node: starts its workers, hears them, passes on what they announce, and ends with them.
+
+Reads from top to bottom as a run goes: open, start the queue's shard, start the workers, loop, stop, say farewell
+to the other nodes. It decides nothing about the work; a worker announces when that is done. Keeping processes alive is
+`supervisor.py`'s, the clock `clock.py`'s, the other nodes `peers.py`'s.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import zmq
+
+from controllers.clock import ClockService
+from controllers.graph import Graph
+from controllers.lifecycle import Session
+from controllers.links import Links, NodeEnd
+from controllers.mailbox import Mailbox
+from controllers.messages import (
+    FINISHED_TOPIC,
+    Announcement,
+    Failed,
+    Finished,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Ready,
+    Reply,
+    Report,
+    Request,
+    Stop,
+    ToController,
+    ToWorker,
+    Welcome,
+    WorkerSpec,
+    decode_to_controller,
+    encode,
+)
+from controllers.placement import WorkerPlan
+from controllers.reaper import Reaper
+from controllers.settings import (
+    ControllerSettings,
+    Observers,
+    WorkerSettings,
+    refuse_unknown_workers,
+    worker_settings_of,
+)
+from controllers.shard import shard_plan, shard_settings
+from controllers.stage import Kind
+from controllers.supervisor import Supervisor, WorkerState
+from controllers.topology import Topology
+from transfer_queue.client import QueueClient
+from transfer_queue.errors import QueueError
+
+FINISHED_WORKER_TOPIC = "worker/finished"
+_FAREWELL_S = 10.0
+_PRODUCER_LOST_TIMEOUT_S = 5.0
+
+
+class Phase(enum.Enum):
+    """OPENING (shards start) -> WORKING -> STOPPING (own workers) -> LEAVING (until all nodes' workers have stopped,
+    since they may need this shard) -> CLOSING (the shard) -> ENDED ; OPENING -> STOPPING"""
+
+    OPENING = "opening"
+    WORKING = "working"
+    STOPPING = "stopping"
+    LEAVING = "leaving"
+    CLOSING = "closing"
+    ENDED = "ended"
+
+
+class NodeController:
+    """plans: the placement of all nodes. worker_settings: by the name of a worker, or of its kind."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        graph: Graph,
+        plans: Sequence[WorkerPlan],
+        settings: ControllerSettings,
+        worker_settings: Mapping[str, WorkerSettings] | None = None,
+        observers: Observers | None = None,
+    ) -> None:
+        given = worker_settings or {}
+        refuse_unknown_workers(plans, given)
+        self._topology = topology
+        self._graph = graph
+        self._plans = tuple(plans)
+        self._mine = {plan.name: plan for plan in plans if plan.node == topology.node}
+        self._workers = {name: worker_settings_of(plan, graph, given) for name, plan in self._mine.items()}
+        self._drivers = {plan.name for plan in plans if graph.stage(plan.stages[0]).kind is Kind.DRIVER}
+        self._settings = settings
+        self._observers = observers or Observers()
+        self._shard = shard_plan(topology)
+        self._mailbox = Mailbox()
+        self._phase = Phase.OPENING
+        self._end: NodeEnd | None = None
+        self._leave_by = math.inf
+        self._finished_workers: set[str] = set()
+        self._retained: dict[str, Announcement] = {}
+
+    def run(self) -> int:
+        """Exit code: 0 finished, 1 failed, 128 + signal when ended by one. To be called in the main thread."""
+        with ExitStack() as stack:
+            self._open(stack)
+            if self._settings.queue is None:
+                self._links.tell_shard("")
+            else:
+                self._supervisor.start(self._shard.name)
+            self._advance()
+            while self._phase is not Phase.ENDED:
+                self._wait_and_handle()
+                self._supervisor.act()
+                self._advance()
+        assert self._end is not None, "a run ends for a reason"
+        self._observers.on_end(self._end.code, self._end.reason)
+        return self._end.code
+
+    def _open(self, stack: ExitStack) -> None:
+        """Whatever is opened here is closed by the stack, in the opposite order."""
+        settings = self._settings
+        session = stack.enter_context(Session(settings.session_root, self._topology, settings.needed_bytes))
+        self._session = session
+        reaper = Reaper(session.path)
+        stack.callback(reaper.close)
+        self._links = Links(self._topology, settings, self._plans, self._mailbox, self)
+        stack.callback(self._links.close)
+        if settings.queue is None:
+            self._links.open()
+        else:
+            clock = ClockService(
+                session.endpoint("clock"), self._links.peers, settings.queue, settings.peer_s, self._on_clock_failure
+            )
+            self._links.open()
+            clock.start()
+            stack.callback(clock.close)
+        context = zmq.Context()
+        stack.callback(context.term)
+        self._router = stack.enter_context(context.socket(zmq.ROUTER))
+        self._router.setsockopt(zmq.LINGER, 0)
+        self._router.bind(session.endpoint("control"))
+        self._supervisor = Supervisor(settings.limits, reaper, self._send_stop, self._on_worker)
+        stack.callback(self._supervisor.kill_and_reap)
+        self._add_workers()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, signum, signal.signal(signum, self._on_signal))
+
+    def _add_workers(self) -> None:
+        if self._settings.queue is not None:
+            endpoint = self._links.shard_endpoint(self._session)
+            clock_endpoint = self._session.endpoint("clock")
+            self._mine[self._shard.name] = self._shard
+            self._workers[self._shard.name] = shard_settings(
+                self._graph, self._settings.queue, endpoint, clock_endpoint, self._topology
+            )
+        for name, plan in self._mine.items():
+            is_restarted = self._workers[name]["restart"] == "always"
+            log_path = self._settings.run_dir / "logs" / f"{name}.log"
+            self._supervisor.add(name, partial(self._make_spec, plan), is_restarted, log_path)
+
+    def _make_spec(self, plan: WorkerPlan, identity: str) -> WorkerSpec:
+        settings = self._workers[plan.name]
+        return WorkerSpec(
+            name=plan.name,
+            worker=plan.worker,
+            node=plan.node,
+            num_nodes=self._topology.num_nodes,
+            rank=plan.rank,
+            world_size=plan.world_size,
+            index=plan.index,
+            threads=plan.threads,
+            devices=plan.devices,
+            stages=plan.stages,
+            target=settings["target"],
+            payload=settings["payload"],
+            session_dir=str(self._session.path),
+            run_dir=str(self._settings.run_dir),
+            control_endpoint=self._session.endpoint("control"),
+            identity=identity,
+            parent=os.getpid(),
+            queue_endpoints=self._links.queue_endpoints if plan is not self._shard else (),
+            queue_secret=self._links.secret,
+        )
+
+    def _wait_and_handle(self) -> None:
+        """One turn: a word of a worker, the end of one, or the mailbox, where other nodes and signals leave theirs."""
+        poller = zmq.Poller()
+        exits = self._supervisor.exits()
+        for source in (self._router, self._mailbox.fd, *exits):
+            poller.register(source, zmq.POLLIN)
+        due = min(self._supervisor.next_due(), self._leave_by)
+        timeout_ms = None if due == math.inf else math.ceil(max(0.0, due - time.monotonic()) * 1000)
+        ready = dict(poller.poll(timeout_ms))
+        if self._mailbox.fd in ready:
+            self._mailbox.run()
+        while self._router.poll(0):
+            identity, body = self._router.recv_multipart()
+            name = self._supervisor.name_of(identity.decode())
+            if name is not None:
+                self._hear(name, identity.decode(), decode_to_controller(body))
+        for descriptor, name in exits.items():
+            if descriptor in ready:
+                self._supervisor.ended(name)
+
+    def _advance(self) -> None:
+        """Takes the step to the next phase, or several, when their time has come."""
+        if self._end is not None and self._phase in (Phase.OPENING, Phase.WORKING):
+            self._phase = Phase.STOPPING
+            self._supervisor.stop(name for name in self._mine if name != self._shard.name)
+        if self._phase is Phase.WORKING:
+            self._start_workers()
+        if self._phase is Phase.STOPPING and set(self._supervisor.living()) <= {self._shard.name}:
+            self._phase = Phase.LEAVING
+            self._leave_by = time.monotonic() + self._settings.limits.grace_s + _FAREWELL_S
+            self._links.tell_gone()
+        if self._phase is Phase.LEAVING and (self._links.is_everybody_gone or time.monotonic() >= self._leave_by):
+            self._phase = Phase.CLOSING
+            self._leave_by = math.inf
+            self._supervisor.stop(self._mine)
+        if self._phase is Phase.CLOSING and not self._supervisor.living():
+            self._phase = Phase.ENDED
+
+    def _start_workers(self) -> None:
+        """Those whose stages wait for no other stage's end any more."""
+        for name in self._supervisor.names(WorkerState.WAITING):
+            stages = self._mine[name].stages
+            earlier = {other for stage in stages for other in self._graph.stage(stage).after} - set(stages)
+            waits_for = {plan.name for plan in self._plans if earlier.intersection(plan.stages)}
+            if waits_for <= self._finished_workers:
+                self._supervisor.start(name)
+
+    def _finish(self, code: int, reason: str) -> None:
+        """Ends the run on all nodes. The first reason counts."""
+        if self._end is None:
+            self._end = NodeEnd(code, reason)
+            self._links.tell_end(NodeEnd(code, f"node {self._topology.node}: {reason}"))
+
+    # What workers say.
+
+    def _hear(self, name: str, identity: str, message: ToController) -> None:
+        self._supervisor.heard(name)
+        if isinstance(message, Heartbeat):
+            self._supervisor.heard(name, message)
+        elif isinstance(message, Hello):
+            self._send(identity, Welcome(tuple(self._retained.values())))
+            if name in self._supervisor.names(WorkerState.STOPPING):
+                self._send_stop(identity)
+        elif isinstance(message, Ready):
+            self._supervisor.ready(name)
+            if name == self._shard.name:
+                self._links.tell_shard(message.details["endpoint"])
+        elif isinstance(message, Report):
+            self._observers.on_report(name, message.metrics, message.step)
+            self._links.tell_report(name, message)
+        elif isinstance(message, Announcement):
+            self._announce(message)
+        elif isinstance(message, Request):
+            self._answer(name, identity, message)
+        else:
+            self._hear_last_word(name, identity, message)
+
+    def _hear_last_word(self, name: str, identity: str, message: Finished | Failed) -> None:
+        if isinstance(message, Failed):
+            self._supervisor.failed(name, message)
+        else:
+            self._supervisor.finished(name)
+        self._send(identity, Goodbye())
+
+    def _announce(self, announcement: Announcement) -> None:
+        if announcement.everywhere:
+            self._links.tell_announcement(announcement)
+        self.on_announcement(announcement)
+
+    def _answer(self, name: str, identity: str, request: Request) -> None:
+        def answer(result: dict[str, Any], error: str) -> None:
+            self._send(identity, Reply(request.number, result, error))
+
+        assert request.method == "rendezvous", f"worker {name} asks for {request.method!r}"
+        self._links.find_port(request.argument["worker"], request.argument["name"], answer)
+
+    def _send(self, identity: str, message: ToWorker) -> None:
+        """To a worker that has ended it goes nowhere."""
+        self._router.send_multipart([identity.encode(), encode(message)])
+
+    def _send_stop(self, identity: str) -> None:
+        self._send(identity, Stop())
+
+    # What becomes of workers.
+
+    def _on_worker(self, name: str, state: WorkerState, text: str) -> None:
+        self._observers.on_worker(name, state, text)
+        if state is WorkerState.FAILED:
+            self._finish(1, text)
+        elif self._phase is not Phase.WORKING:
+            return
+        elif name == self._shard.name and state is WorkerState.DONE:
+            self._finish(1, f"{name}: the queue's shard has ended by itself")
+        elif state in (WorkerState.DOWN, WorkerState.DONE):
+            self._give_back_reservations(name)
+            if state is WorkerState.DONE:
+                self._announce(Announcement(FINISHED_WORKER_TOPIC, {"worker": name}, name))
+
+    def _give_back_reservations(self, name: str) -> None:
+        """What the worker had reserved and will not deliver goes to others, before a successor reserves by its name."""
+        if self._settings.queue is None:
+            return
+        endpoints, secret = self._links.queue_endpoints, self._links.secret
+        try:
+            with QueueClient(endpoints, secret=secret, timeout_s=_PRODUCER_LOST_TIMEOUT_S) as queue:
+                queue.producer_lost(name)
+        except QueueError as error:
+            self._finish(1, f"the queue was not told of the end of {name}: {error}")
+
+    # What other nodes say, and signals; by the mailbox, so in the loop's thread.
+
+    def on_all_shards(self) -> None:
+        if self._phase is Phase.OPENING:
+            self._phase = Phase.WORKING
+
+    def on_announcement(self, announcement: Announcement) -> None:
+        self._retained[announcement.topic] = announcement
+        for identity in self._supervisor.identities():
+            self._send(identity, announcement)
+        self._observers.on_announcement(announcement.topic, announcement.payload)
+        if announcement.topic == FINISHED_TOPIC:
+            self._finish(0, f"{announcement.origin} announced the end")
+        elif announcement.topic == FINISHED_WORKER_TOPIC:
+            self._finished_workers.add(announcement.payload["worker"])
+            if self._drivers and self._drivers <= self._finished_workers:
+                self._finish(0, "all drivers have finished")
+
+    def on_report(self, worker: str, report: Report) -> None:
+        self._observers.on_report(worker, report.metrics, report.step)
+
+    def on_end(self, node: int, end: NodeEnd) -> None:
+        self._end = self._end or end
+
+    def on_lost_node(self, node: int, reason: str) -> None:
+        if self._phase not in (Phase.CLOSING, Phase.ENDED):
+            self._finish(1, reason)
+
+    def _on_clock_failure(self, reason: str) -> None:
+        self._mailbox.post(partial(self.on_lost_node, 0, reason))
+
+    def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
+        self._mailbox.post(partial(self._interrupt, signum))
+
+    def _interrupt(self, signum: int) -> None:
+        code = 128 + signum
+        if signum == signal.SIGINT and self._end is not None and self._end.code == code:
+            self._supervisor.kill()  # the second Ctrl-C: no grace
+        self._finish(code, f"ended by {signal.Signals(signum).name}")

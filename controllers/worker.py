@@ -1,0 +1,89 @@
+"""A worker process: `python -m controllers.worker NAME SPEC_FD LIFELINE_FD`, started by `process.py` alone.
+
+Owns the child's side of life and death: it dies with its controller, however that dies. What it does is its target's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import importlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import msgspec
+
+from controllers.context import WorkerContext
+from controllers.control import ControlChannel
+from controllers.messages import Failed, Finished, WorkerSpec
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(spec_fd: int, lifeline_fd: int) -> int:
+    """Exit code: 0 if the target returned, 1 if it raised."""
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # the supervisor asks a silent worker where it is
+    spec = _read_spec(spec_fd)
+    _tie_to_parent(spec.parent, lifeline_fd)
+    control = ControlChannel(spec.control_endpoint, spec.identity)
+    _install_signals(control)
+    control.start()
+    try:
+        load_target(spec.target)(WorkerContext(spec, control))
+    except BaseException as error:
+        traceback.print_exc()
+        reason = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+        control.close(Failed(reason, traceback.format_exc()))
+        return 1
+    control.close(Finished())
+    return 0
+
+
+def load_target(path: str) -> Callable[..., Any]:
+    """'package.module:name' -> the object. Raises ValueError if there is none."""
+    module_name, _, name = path.partition(":")
+    module = importlib.import_module(module_name)
+    if not hasattr(module, name):
+        raise ValueError(f"target: {path!r}; module {module_name!r} has no {name!r}")
+    target: Callable[..., Any] = getattr(module, name)
+    return target
+
+
+def _read_spec(spec_fd: int) -> WorkerSpec:
+    with os.fdopen(spec_fd, "rb") as file:
+        return msgspec.json.decode(file.read(), type=WorkerSpec)
+
+
+def _tie_to_parent(parent: int, lifeline_fd: int) -> None:
+    """Three ties: the kernel's signal at the parent's death, its absence by now, and the end of the lifeline pipe."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:
+        os._exit(1)
+
+    def watch() -> None:
+        os.read(lifeline_fd, 1)  # nobody writes: it returns when the controller's end is closed
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, name="lifeline", daemon=True).start()
+
+
+def _install_signals(control: ControlChannel) -> None:
+    def on_terminate(_signum: int, _frame: FrameType | None) -> None:
+        control.signal_stop()
+
+    signal.signal(signal.SIGTERM, on_terminate)
+    # The terminal sends it to everybody; the controller decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[2]), int(sys.argv[3])))
