@@ -21,8 +21,8 @@ from typing import Any
 import msgspec
 
 from controllers.context import WorkerContext
+from controllers.dotted import load_attribute
 from controllers.stage import Stage
-from controllers.worker import load_target
 from transfer_queue.client import QueueClient
 from transfer_queue.errors import DuplicateRow
 from transfer_queue.rows import Rows
@@ -60,7 +60,7 @@ def run_stages(context: WorkerContext) -> None:
 
 def _make_executor(stage: Stage, context: WorkerContext) -> Any:
     try:
-        return load_target(stage.run)(context, stage.settings)
+        return load_attribute(stage.run)(context, stage.settings)
     except Exception as error:
         raise RuntimeError(f"stage {stage.name!r} cannot be set up: {error!r}") from error
 

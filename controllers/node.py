@@ -250,6 +250,7 @@ class NodeController:
         self._supervisor.heard(name)
         if isinstance(message, Heartbeat):
             self._supervisor.heard(name, message)
+            self._observers.on_heartbeat(name, message)
         elif isinstance(message, Hello):
             self._send(identity, Welcome(tuple(self._retained.values())))
             if name in self._supervisor.names(WorkerState.STOPPING):

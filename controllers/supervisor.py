@@ -84,6 +84,7 @@ class _Member:
     heartbeat: Heartbeat = _AT_WORK
     failure: str = ""
     is_finished: bool = False
+    has_been_ready: bool = False
     signals: list[tuple[float, int]] = field(default_factory=list)
 
     @property
@@ -136,6 +137,7 @@ class Supervisor:
     def ready(self, name: str) -> None:
         member = self._members[name]
         if member.state is WorkerState.STARTING:
+            member.has_been_ready = True
             self._change(member, WorkerState.RUNNING, f"ready after {time.monotonic() - member.started_at:.1f} s")
 
     def finished(self, name: str) -> None:
@@ -217,13 +219,15 @@ class Supervisor:
         lived_s = time.monotonic() - member.started_at
         member.restarts = 0 if lived_s > self._limits.healthy_s else member.restarts
         why = _cause(member, code)
-        if member.is_restarted and member.restarts < self._limits.max_restarts:
+        # What fails by itself before it was ever ready would fail again.
+        is_hopeless = code > 0 and not member.has_been_ready
+        if member.is_restarted and not is_hopeless and member.restarts < self._limits.max_restarts:
             delay_s = min(self._limits.backoff_s * 2**member.restarts, self._limits.max_backoff_s)
             member.restarts += 1
             member.restart_at = time.monotonic() + delay_s
             self._change(member, WorkerState.DOWN, f"{why}; restart {member.restarts} in {delay_s:.1f} s")
             return
-        often = f" {member.restarts + 1} times in a row" if member.is_restarted else ""
+        often = f" {member.restarts + 1} times in a row" if member.is_restarted and not is_hopeless else ""
         self._change(
             member,
             WorkerState.FAILED,

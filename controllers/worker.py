@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
-import importlib
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import msgspec
 
 from controllers.context import WorkerContext
 from controllers.control import ControlChannel
+from controllers.dotted import load_attribute
 from controllers.messages import Failed, Finished, WorkerSpec
 
 _PR_SET_PDEATHSIG = 1
@@ -36,7 +34,7 @@ def main(spec_fd: int, lifeline_fd: int) -> int:
     _install_signals(control)
     control.start()
     try:
-        load_target(spec.target)(WorkerContext(spec, control))
+        load_attribute(spec.target)(WorkerContext(spec, control))
     except BaseException as error:
         traceback.print_exc()
         reason = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
@@ -44,16 +42,6 @@ def main(spec_fd: int, lifeline_fd: int) -> int:
         return 1
     control.close(Finished())
     return 0
-
-
-def load_target(path: str) -> Callable[..., Any]:
-    """'package.module:name' -> the object. Raises ValueError if there is none."""
-    module_name, _, name = path.partition(":")
-    module = importlib.import_module(module_name)
-    if not hasattr(module, name):
-        raise ValueError(f"target: {path!r}; module {module_name!r} has no {name!r}")
-    target: Callable[..., Any] = getattr(module, name)
-    return target
 
 
 def _read_spec(spec_fd: int) -> WorkerSpec:

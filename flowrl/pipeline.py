@@ -183,6 +183,7 @@ def controller_settings(built: Pipeline, run_dir: Path) -> ControllerSettings:
         ),
         needed_bytes=published_bytes(recipe),
         interface=recipe.network.interface,
+        is_trusted=recipe.network.trusted,
         address=interface_address(recipe.network.interface),
         recipe=fingerprint(recipe),
         **optional,

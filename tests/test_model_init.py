@@ -34,7 +34,7 @@ def test_transformers_loads_every_weight_by_its_name(model: Path) -> None:
     loaded, info = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True)
     assert not any(info.values()), info
     assert type(loaded).__name__ == "Qwen3ForCausalLM"
-    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight
     config = loaded.config
     shape = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
     assert shape == (32, 2, 4, 2)

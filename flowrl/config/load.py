@@ -96,7 +96,7 @@ def _plain(given: DictConfig, key: Any) -> Any:
 
 
 def _refuse_missing_paths(recipe: Recipe) -> None:
-    paths = {"data.path": recipe.data.path, "network.secret_file": recipe.network.secret_file}
+    paths = {"data.path": recipe.data.path}
     if recipe.eval is not None:
         paths["eval.path"] = recipe.eval.path
     if recipe.model.init is None:

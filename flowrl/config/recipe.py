@@ -14,7 +14,8 @@ from flowrl.config.checks import check_at_least, check_dotted, check_one_of, che
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInitConfig:
-    """A small model to make on the spot when `model.path` does not exist: random weights, a tokenizer of characters."""
+    """A small Qwen3 to make on the spot when `model.path` does not exist: random weights, a tokenizer of characters.
+    rope_theta: base of the rotary positions; short contexts learn faster with a small one."""
 
     hidden_size: int = 128
     layers: int = 2
@@ -22,11 +23,13 @@ class ModelInitConfig:
     kv_heads: int = 2
     intermediate_size: int = 384
     max_tokens: int = 256
+    rope_theta: float = 10_000.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "layers", "heads", "kv_heads", "intermediate_size", "max_tokens"):
             check_at_least(f"model.init.{name}", getattr(self, name), 1)
+        check_positive("model.init.rope_theta", self.rope_theta)
         if self.hidden_size % self.heads:
             raise ValueError(f"model.init.heads: {self.heads}; must divide model.init.hidden_size={self.hidden_size}")
         if self.heads % self.kv_heads:
@@ -280,7 +283,7 @@ class QueueSettings:
     delivered again."""
 
     byte_limit_mb: int = 1024
-    lease_s: float = 60.0
+    lease_s: float = 10.0
 
     def __post_init__(self) -> None:
         check_at_least("queue.byte_limit_mb", self.byte_limit_mb, 1)
@@ -290,12 +293,11 @@ class QueueSettings:
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
     """interface: that nodes reach each other on; `lo` keeps all on one machine. trusted: says that the network is
-    closed, without which a run off loopback is refused, because torch RPC has no secret. secret_file: the queue's
-    shared secret, the same file on every node."""
+    closed, without which a run off loopback is refused, because torch RPC has no secret. (The queue has one of its own
+    there: node 0 makes it, and the nodes exchange it.)"""
 
     interface: str = "lo"
     trusted: bool = False
-    secret_file: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,5 +351,3 @@ class Recipe:
                 "network.trusted: false; torch RPC has no secret and unpickles, so a run on network.interface="
                 f"{self.network.interface} is refused unless you say that the network is closed"
             )
-        if self.network.interface != "lo" and self.network.secret_file is None:
-            raise ValueError("network.secret_file: missing; off loopback the queue's sockets need a shared secret")

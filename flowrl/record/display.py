@@ -39,7 +39,8 @@ class Display:
         self.task = self.progress.add_task(name, total=steps)
         self.steps = steps
         self.values: dict[str, float] = {}
-        self.workers: dict[str, tuple[WorkerState, str]] = {}
+        self.workers: dict[str, WorkerState] = {}
+        self.waits: dict[str, str] = {}
         self.accuracies: list[tuple[int, float]] = []
         self.last_line = 0.0
         is_live = is_shown and self.console.is_terminal
@@ -62,7 +63,8 @@ class Display:
         if self.is_shown and self.live is None and time.monotonic() - self.last_line > LINE_EVERY_S:
             self.last_line = time.monotonic()
             shown = "  ".join(f"{label} {self.values[key]:.3g}" for key, label in SHOWN.items() if key in self.values)
-            print(f"update {step}/{self.steps}  {shown}", flush=True)
+            waits = ", ".join(f"{worker} for {what}" for worker, what in sorted(self.waits.items()) if what)
+            print(f"update {step}/{self.steps}  {shown}  waiting: {waits or 'nobody'}", flush=True)
 
     def evaluated(self, version: int, accuracy: float, prompts: int) -> None:
         self.accuracies.append((version, accuracy))
@@ -70,9 +72,12 @@ class Display:
             self.console.print(f"version {version}: accuracy {accuracy:.1%} on {prompts} held-out prompts")
 
     def worker(self, worker: str, state: WorkerState, text: str) -> None:
-        self.workers[worker] = (state, text.splitlines()[0] if text else "")
+        self.workers[worker] = state
         if state in (WorkerState.DOWN, WorkerState.FAILED):
             self.console.print(f"{worker}: {text}", markup=False, highlight=False, soft_wrap=True)
+
+    def waiting(self, worker: str, what: str) -> None:
+        self.waits[worker] = what
 
     def ended(self, code: int, reason: str) -> None:
         if self.is_shown and code:
@@ -90,6 +95,6 @@ class Display:
         states.add_column("worker")
         states.add_column("state")
         states.add_column("waits for")
-        for worker, (state, text) in sorted(self.workers.items()):
-            states.add_row(worker, state.value, text)
+        for worker, state in sorted(self.workers.items()):
+            states.add_row(worker, state.value, self.waits.get(worker, ""))
         return Group(self.progress, numbers, states)

@@ -33,6 +33,7 @@ class Recorder:
             on_report=self.on_report,
             on_worker=self.on_worker,
             on_announcement=self.on_announcement,
+            on_heartbeat=lambda worker, heartbeat: self.display.waiting(worker, heartbeat.waiting_for),
             on_end=self.display.ended,
         )
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from controllers.dotted import load_attribute
 from flowrl.config import RewardConfig
 from flowrl.data.example import Example
-from flowrl.dotted import load_attribute
 from flowrl.rewards.builtin import BUILTIN
 
 ROW_PARAMETERS = ("data_source", "solution_str", "ground_truth", "extra_info")

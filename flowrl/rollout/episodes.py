@@ -17,7 +17,7 @@ from flowrl.rollout.engine import Engine, FinishReason, GenerateRequest
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
     """tokens: int32 (T,), all that followed the prompt. mask: uint8 (T,), 1 where the model wrote it. logprobs: float32
-    (T,) and versions: int32 (T,), the engine's; of tokens that the model did not write, 0 and the version then in force."""
+    (T,) and versions: int32 (T,), the engine's; of tokens that the model did not write, 0 and the version in force."""
 
     tokens: np.ndarray
     mask: np.ndarray

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 from controllers.context import WorkerContext
+from controllers.dotted import load_attribute
 from controllers.eventlog import EventLog
 from flowrl.config import Recipe, load
 from flowrl.data.datasets import load_splits
 from flowrl.data.order import prompt_at
 from flowrl.data.prompts import PromptEncoder
-from flowrl.dotted import load_attribute
 from flowrl.rollout.engine import Engine, FinishReason, GenerateRequest, PauseMode, SamplingParams
 from flowrl.rollout.engines import make_engine
 from flowrl.rollout.episodes import Episode, Trajectory

@@ -1,4 +1,4 @@
-"""Names in a recipe that stand for code: `package.module:name`, or `file.py:name` relative to the current directory."""
+"""Names that stand for code: `package.module:name`, or `file.py:name` relative to the current directory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _from_package(path: str, module_name: str) -> Any:
 def _from_file(path: str, file: Path) -> Any:
     if not file.is_file():
         raise ValueError(f"{path!r}: no such file as {str(file.resolve())!r}")
-    name = f"flowrl_user_{file.stem}"
+    name = f"user_file_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None, f"{file} ends in .py"
     module = importlib.util.module_from_spec(spec)
