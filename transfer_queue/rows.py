@@ -30,7 +30,7 @@ class Column:
     values: 1-D array of any whitelisted dtype, C-contiguous. offsets: int64, shape (rows + 1,), from 0 to len(values).
     """
 
-    __slots__ = ("values", "offsets")
+    __slots__ = ("offsets", "values")
 
     def __init__(self, values: Array, offsets: Array) -> None:
         if values.ndim != 1:
@@ -63,6 +63,11 @@ class Column:
         np.cumsum(np.concatenate([np.diff(column.offsets) for column in columns]), out=offsets[1:])
         return cls(values, offsets)
 
+    @classmethod
+    def empty_rows(cls, num_rows: int, dtype: np.dtype | str) -> Column:
+        """Rows of length 0."""
+        return cls(np.empty(0, dtype=dtype), np.zeros(num_rows + 1, dtype=np.int64))
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -88,7 +93,7 @@ class Column:
 class Rows:
     """A batch as `take` gives it: keys, columns of equal length, and each row's version (its oldest token's)."""
 
-    __slots__ = ("keys", "columns", "versions")
+    __slots__ = ("columns", "keys", "versions")
 
     def __init__(self, keys: Sequence[RowKey], columns: Mapping[str, Column], versions: Sequence[int] = ()) -> None:
         for name, column in columns.items():

@@ -1,6 +1,6 @@
-"""Declares torchvision's operators before torchvision is imported. `flowrl_sglang_cpu.pth` loads it at interpreter start.
+"""Declares torchvision's operators before it is imported. `flowrl_sglang_cpu.pth` loads this at interpreter start.
 
-torchvision is found as a CUDA build, whose compiled half does not load beside a CPU build of torch; its Python half then
+torchvision is found as a CUDA build. Its compiled half does not load beside a CPU build of torch; its Python half then
 fails on import, because it attaches meta functions to operators that nobody has declared. SGLang imports torchvision
 for images, which nothing here has.
 """

@@ -11,7 +11,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 __version__ = "3.0.0"
@@ -25,12 +25,14 @@ class _Placeholder(Exception):
 
 
 class _Stub(types.ModuleType):
-    """A module all of whose names exist. Called with one function, it hands it back; otherwise it is a decorator."""
-
-    __path__: list[str] = []
+    """A module all of whose names exist, and an empty collection. Called with one function, it hands it back; otherwise
+    it is a decorator."""
 
     def __getattr__(self, name: str) -> Any:
         return _attribute(self.__name__, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and callable(args[0]) and not kwargs:

@@ -1,0 +1,248 @@
+"""Random histories of two shards on one account, through the production code, against what must always hold."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tests.transfer_queue.conftest import CONSUMERS, DirectShard
+from transfer_queue import wire
+from transfer_queue.clock import LocalClock
+from transfer_queue.config import QueueConfig
+from transfer_queue.rows import RowKey
+from transfer_queue.staleness import Accounts
+
+GROUP_SIZE = 2
+BATCH_ROWS = 4
+LEASE_S = 10.0
+PRODUCERS = ("p", "q")
+which = st.integers(0, 1)
+choice = st.integers(0, 1 << 16)
+
+
+class Histories(RuleBasedStateMachine):
+    @initialize(max_staleness=st.sampled_from([0, 1, 2, 4]), late=st.sampled_from(["wait", "drop"]))
+    def start(self, max_staleness: int, late: Any) -> None:
+        self.max_staleness = max_staleness
+        self.accounts = Accounts(BATCH_ROWS, max_staleness)
+        self.shards = [
+            DirectShard(
+                QueueConfig(
+                    endpoint="ipc://unused", consumers=CONSUMERS, first_group=first, group_stride=2, lease_s=LEASE_S,
+                    late=late, max_attempts=2,
+                ),
+                LocalClock(self.accounts),
+            )
+            for first in (0, 1)
+        ]  # fmt: skip
+        self.announced = [dict.fromkeys(PRODUCERS, 0) for _ in self.shards]
+        self.reserved: list[tuple[int, str, wire.Reservation]] = []
+        self.versions: dict[RowKey, int] = {}
+        self.leased: dict[tuple[int, RowKey], float] = {}
+        self.taken: dict[RowKey, int] = {}
+        self.committed: set[RowKey] = set()
+        self.seen: set[RowKey] = set()
+        for at, shard in enumerate(self.shards):
+            for producer in PRODUCERS:
+                self.announced[at][producer] = 0
+                shard.announce(producer, 0)
+
+    # What producers do
+
+    @rule(at=which, producer=st.sampled_from(PRODUCERS), behind=st.integers(0, 3))
+    def announce(self, at: int, producer: str, behind: int) -> None:
+        version = max(self.announced[at][producer], self.accounts.version - behind)
+        self.announced[at][producer] = version
+        self.shards[at].announce(producer, version)
+
+    @rule(at=which, producer=st.sampled_from(PRODUCERS), groups=st.integers(1, 6))
+    def reserve(self, at: int, producer: str, groups: int) -> None:
+        for group in self.shards[at].reserve(producer, groups=groups, size=GROUP_SIZE):
+            assert group.deadline == group.version + self.max_staleness >= self.accounts.version
+            assert not self.seen & set(group.keys), "a key was given out twice"
+            self.seen |= set(group.keys)
+            self.reserved.append((at, producer, group))
+
+    @precondition(lambda self: self.reserved)
+    @rule(pick=choice, rows=st.sampled_from([(0, 1), (0,), (1,)]), age=st.integers(0, 3))
+    def put(self, pick: int, rows: tuple[int, ...], age: int) -> None:
+        at, producer, group = self.reserved[pick % len(self.reserved)]
+        keys = [group.keys[index] for index in rows if group.keys[index] not in self.versions]
+        self._put(at, producer, group, keys, age)
+
+    def _put(self, at: int, producer: str, group: wire.Reservation, keys: list[RowKey], age: int) -> None:
+        """The oldest token is at least as young as the reservation, and no younger than the policy."""
+        newest = max(group.version, self.announced[at][producer])
+        for key in keys:
+            self.versions[key] = max(group.version, newest - age * key.index)
+        if keys:
+            self.shards[at].put(keys, ("tokens",), [self.versions[key] for key in keys])
+
+    @precondition(lambda self: self.reserved)
+    @rule(pick=choice, age=st.integers(0, 3))
+    def finish_group(self, pick: int, age: int) -> None:
+        """Others stay behind: this is where later rows must leave room for earlier ones."""
+        at, producer, group = self.reserved[pick % len(self.reserved)]
+        self._put(at, producer, group, [key for key in group.keys if key not in self.versions], age)
+        for consumer in ("reward", "advantage"):
+            while self._take(at, 100, consumer, False):
+                pass
+
+    @rule(seed=choice)
+    def live_a_while(self, seed: int) -> None:
+        """Both shards full of work, some of which takes long; engines of several versions; a trainer that keeps up."""
+        dice = random.Random(seed)
+        for _ in range(3):
+            for at in (0, 1):
+                for producer in PRODUCERS:
+                    self.announce(at, producer, dice.randrange(3))
+                    self.reserve(at, producer, 3)
+            for pick in range(len(self.reserved)):
+                if dice.random() < 0.7:
+                    self.finish_group(pick, dice.randrange(3))
+            self.reserved = [entry for entry in self.reserved if not self._is_complete(entry[2])]
+            for _ in range(4):
+                self._train(dice.randrange(2), dice.choice([2, 4]), dice.random() < 0.5)
+                self.accounts_agree_with_a_recount()
+                self.every_update_has_room_for_what_is_due()
+
+    @rule(at=which, producer=st.sampled_from(PRODUCERS))
+    def lose_producer(self, at: int, producer: str) -> None:
+        complete = {(group.number, group.attempt) for group in self._groups() if not group.empty}
+        self.shards[at].ask(wire.ProducerLost, producer)
+        assert complete == {(group.number, group.attempt) for group in self._groups() if not group.empty}
+        self.reserved = [(a, p, g) for a, p, g in self.reserved if (a, p) != (at, producer) or self._is_complete(g)]
+        self.shards[at].announce(producer, self.announced[at][producer])
+
+    def _is_complete(self, group: wire.Reservation) -> bool:
+        return all(key in self.versions for key in group.keys)
+
+    # What consumers do
+
+    @rule(at=which, max_rows=st.integers(2, 6), consumer=st.sampled_from(["reward", "advantage"]), dies=st.booleans())
+    def take(self, at: int, max_rows: int, consumer: str, dies: bool) -> None:
+        self._take(at, max_rows, consumer, dies)
+
+    def _take(self, at: int, max_rows: int, consumer: str, dies: bool) -> int:
+        shard = self.shards[at]
+        keys = shard.take(consumer, max_rows).keys
+        position = ("reward", "advantage").index(consumer)
+        assert len(keys) <= max_rows
+        for key in keys:
+            assert self.leased.get((position, key), -1.0) <= shard.now, f"{key} was delivered twice within its lease"
+            self.leased[position, key] = shard.now + LEASE_S
+        if consumer == "advantage":
+            assert all(count == GROUP_SIZE for count in Counter((key.group, key.attempt) for key in keys).values())
+        if not dies and keys:
+            shard.put(keys, (("reward", "advantage")[position],))
+            shard.ask(wire.Ack, consumer, keys)
+            self.leased.update({(position, key): float("inf") for key in keys})
+        return len(keys)
+
+    @rule(at=which, max_rows=st.integers(2, 6), commits=st.booleans())
+    def train(self, at: int, max_rows: int, commits: bool) -> None:
+        self._train(at, max_rows, commits)
+
+    @rule()
+    def train_all(self) -> None:
+        while any(self._train(at, BATCH_ROWS, True) for at in (0, 1)):
+            pass
+
+    def _train(self, at: int, max_rows: int, commits: bool) -> int:
+        update = self.accounts.version
+        incarnation = self.accounts.incarnation
+        taken = self.shards[at].take("train", max_rows, update=update, incarnation=incarnation)
+        assert len(taken.keys) <= max_rows
+        for key in taken.keys:
+            assert key not in self.taken and key not in self.committed, f"{key} was trained twice"
+            assert 0 <= update - self.versions[key] <= self.max_staleness
+            self.taken[key] = update
+        assert all(count == GROUP_SIZE for count in Counter((key.group, key.attempt) for key in taken.keys).values())
+        if commits and taken.keys:
+            assert self.shards[at].ask(wire.Commit, incarnation, update, taken.keys).count == len(taken.keys)
+            self.committed |= set(taken.keys)
+        return len(taken.keys)
+
+    @rule(back=st.integers(0, 2))
+    def restart_trainer(self, back: int) -> None:
+        """From a checkpoint some updates ago; engines load its weights."""
+        version = max(0, self.accounts.version - back)
+        self.accounts.begin(self.accounts.incarnation + 1, version, len(self.shards))
+        for _ in range(2):
+            for shard in self.shards:
+                shard.pass_time(0.0)
+        assert self.accounts.awaited_shards == 0
+        self.taken = {key: update for key, update in self.taken.items() if update < version}
+        for at, shard in enumerate(self.shards):
+            for producer in PRODUCERS:
+                self.announced[at][producer] = min(version, self.announced[at][producer])
+                shard.announce(producer, self.announced[at][producer])
+
+    @precondition(lambda self: self.reserved)
+    @rule(pick=choice)
+    def drop(self, pick: int) -> None:
+        at, _, group = self.reserved[pick % len(self.reserved)]
+        self.shards[at].ask(wire.Drop, [group.keys[0]], "tied")
+
+    @rule(at=which, seconds=st.sampled_from([1.0, LEASE_S]))
+    def pass_time(self, at: int, seconds: float) -> None:
+        self.shards[at].pass_time(seconds)
+
+    @rule()
+    def finish_everything(self) -> None:
+        """Once all that is reserved is ready, all of it can be trained: nothing is stuck."""
+        for at, producer, group in self.reserved:
+            self._put(at, producer, group, [key for key in group.keys if key not in self.versions], 0)
+        for at, shard in enumerate(self.shards):
+            shard.pass_time(LEASE_S)
+            for consumer in ("reward", "advantage"):
+                while self._take(at, 100, consumer, False):
+                    pass
+        while self.accounts.outstanding:
+            before = self.accounts.outstanding.copy()
+            assert any(self._train(at, BATCH_ROWS, True) for at in (0, 1)), f"{before} is outstanding and nothing moves"
+        self.reserved = []
+
+    # What must always hold
+
+    @invariant()
+    def accounts_agree_with_a_recount(self) -> None:
+        if not hasattr(self, "accounts"):
+            return
+        recount: Counter[int] = Counter()
+        for group in self._groups():
+            if group.claim is None:
+                recount[group.deadline] += len(group.rows)
+        assert dict(recount) == self.accounts.outstanding
+        filled = sum(1 for update in self.taken.values() if update == self.accounts.version)
+        assert filled == self.accounts.filled
+
+    @invariant()
+    def every_update_has_room_for_what_is_due(self) -> None:
+        if not hasattr(self, "accounts"):
+            return
+        version, filled = self.accounts.version, self.accounts.filled
+        assert self.accounts.due_by(version - 1) == 0
+        for d in range(version, version + self.max_staleness + 1):
+            assert self.accounts.due_by(d) + filled <= (d - version + 1) * BATCH_ROWS
+
+    @invariant()
+    def memory_is_what_the_rows_need(self) -> None:
+        for shard in getattr(self, "shards", []):
+            groups = [group for group in shard.ledger.partitions["train"].groups.values()]
+            stored = sum(1 for group in groups for row in group.rows if row.have and row.pending)
+            assert shard.shard.describe()["stored_rows"] == stored
+
+    def _groups(self) -> Iterator[Any]:
+        for shard in self.shards:
+            yield from shard.ledger.partitions["train"].groups.values()
+
+
+Histories.TestCase.settings = settings(max_examples=100, stateful_step_count=25, deadline=None)
+test_no_history_breaks_the_rules = Histories.TestCase

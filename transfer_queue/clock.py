@@ -1,0 +1,304 @@
+"""The staleness accounts as a shard sees them: requests with callbacks, because they may live in another process.
+
+`LocalClock` answers at once: the library alone, and tests. `RemoteClock` asks over a ZeroMQ DEALER. Its other side
+binds a ROUTER, applies `serve_clock_request` to the one `Accounts`, and sends `clock_state(accounts)` to every shard
+whenever `accounts.changes` has moved, so that shards with refused requests ask again. Their messages are here. Which
+rows the numbers stand for is `ledger.py`'s business.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import msgspec
+import zmq
+
+from transfer_queue.errors import WireError
+from transfer_queue.staleness import Accounts
+
+Entries = Sequence[tuple[int, int]]
+"""(deadline, rows) each."""
+
+NOT_BLOCKED = -1
+
+
+class ClockRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    id: int
+
+
+class Hello(ClockRequest, frozen=True):
+    shard: str
+
+
+class Admit(ClockRequest, frozen=True):
+    """Up to `groups` groups of `rows` rows each, all with this deadline."""
+
+    deadline: int
+    rows: int
+    groups: int
+
+
+class Claim(ClockRequest, frozen=True):
+    """A prefix of the (deadline, rows) entries, for the update."""
+
+    update: int
+    incarnation: int
+    entries: list[tuple[int, int]]
+
+
+class Shift(ClockRequest, frozen=True):
+    """(old deadline, new deadline, rows) each. Has no reply."""
+
+    moves: list[tuple[int, int, int]]
+
+
+class Retire(ClockRequest, frozen=True):
+    """Outstanding (deadline, rows) that left for good. Has no reply."""
+
+    entries: list[tuple[int, int]]
+
+
+class Unclaim(ClockRequest, frozen=True):
+    """All (deadline, rows) of this shard that the incarnation has undone are outstanding again. Has no reply."""
+
+    incarnation: int
+    entries: list[tuple[int, int]]
+
+
+class ClockState(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """changes: `Accounts.changes`; it orders states and tells a refusal that has been overtaken."""
+
+    version: int
+    filled: int
+    incarnation: int
+    changes: int = 0
+
+
+class ClockReply(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """granted: entries or groups. blocked: the first d at which the rule refused the next entry, or NOT_BLOCKED."""
+
+    id: int
+    granted: int
+    version: int
+    filled: int
+    incarnation: int
+    changes: int
+    batch_rows: int
+    max_staleness: int
+    blocked: int = NOT_BLOCKED
+
+
+AnyClockRequest = Hello | Admit | Claim | Shift | Retire | Unclaim
+_encoder = msgspec.msgpack.Encoder()
+_requests = msgspec.msgpack.Decoder(AnyClockRequest)
+_replies = msgspec.msgpack.Decoder(ClockReply | ClockState)
+
+
+def encode_clock(message: AnyClockRequest | ClockReply | ClockState) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_clock_request(frame: bytes) -> AnyClockRequest:
+    try:
+        return _requests.decode(frame)
+    except msgspec.MsgspecError as error:
+        raise WireError(f"clock request: {error}") from error
+
+
+def serve_clock_request(accounts: Accounts, request: AnyClockRequest) -> ClockReply | None:
+    """Applies the request; None if it has no reply."""
+    granted = 0
+    blocked = NOT_BLOCKED
+    match request:
+        case Hello():
+            pass
+        case Admit():
+            granted = accounts.admit_groups(request.deadline, request.rows, request.groups)
+        case Claim():
+            granted, blocked = _claim(accounts, request)
+        case Shift():
+            for old, new, rows in request.moves:
+                accounts.shift(old, new, rows)
+            return None
+        case Retire():
+            for deadline, rows in request.entries:
+                accounts.retire(deadline, rows)
+            return None
+        case Unclaim():
+            accounts.unclaim(request.incarnation, request.entries)
+            return None
+    state = clock_state(accounts)
+    return ClockReply(
+        request.id, granted, state.version, state.filled, state.incarnation, state.changes,
+        accounts.batch_rows, accounts.max_staleness, blocked,
+    )  # fmt: skip
+
+
+def _claim(accounts: Accounts, request: Claim) -> tuple[int, int]:
+    granted = accounts.claim_prefix(request.update, request.incarnation, request.entries)
+    if granted == len(request.entries) or request.update != accounts.version:
+        return granted, NOT_BLOCKED
+    blocked = accounts.blocked_at(*request.entries[granted])
+    return granted, NOT_BLOCKED if blocked is None else blocked
+
+
+def clock_state(accounts: Accounts) -> ClockState:
+    return ClockState(accounts.version, accounts.filled, accounts.incarnation, accounts.changes)
+
+
+class Clock(Protocol):
+    """batch_rows, max_staleness: None until the clock has been heard. `on_change` is called whenever something that was
+    refused may be granted now; the shard sets it. `socket` becomes readable when `receive` has something to do."""
+
+    batch_rows: int | None
+    max_staleness: int | None
+    on_change: Callable[[], None]
+    socket: zmq.Socket | None
+
+    def snapshot(self) -> ClockState: ...
+
+    def admit(self, deadline: int, rows: int, groups: int, reply: Callable[[int], None]) -> None: ...
+
+    def claim(self, update: int, incarnation: int, entries: Entries, reply: Callable[[int, int], None]) -> None:
+        """reply(granted, blocked), as in ClockReply."""
+        ...
+
+    def shift(self, moves: Sequence[tuple[int, int, int]]) -> None: ...
+
+    def retire(self, entries: Entries) -> None: ...
+
+    def unclaim(self, incarnation: int, entries: Entries) -> None: ...
+
+    def receive(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class LocalClock:
+    """Accounts in the same process and thread."""
+
+    socket = None
+
+    def __init__(self, accounts: Accounts) -> None:
+        self.accounts = accounts
+        self.batch_rows: int | None = accounts.batch_rows
+        self.max_staleness: int | None = accounts.max_staleness
+        self.on_change: Callable[[], None] = _nobody
+        self._seen = accounts.changes
+
+    def snapshot(self) -> ClockState:
+        return clock_state(self.accounts)
+
+    def admit(self, deadline: int, rows: int, groups: int, reply: Callable[[int], None]) -> None:
+        reply(self._serve(Admit(0, deadline, rows, groups)).granted)
+
+    def claim(self, update: int, incarnation: int, entries: Entries, reply: Callable[[int, int], None]) -> None:
+        answer = self._serve(Claim(0, update, incarnation, list(entries)))
+        reply(answer.granted, answer.blocked)
+
+    def shift(self, moves: Sequence[tuple[int, int, int]]) -> None:
+        self._serve(Shift(0, list(moves)))
+
+    def retire(self, entries: Entries) -> None:
+        self._serve(Retire(0, list(entries)))
+
+    def unclaim(self, incarnation: int, entries: Entries) -> None:
+        self._serve(Unclaim(0, incarnation, list(entries)))
+
+    def receive(self) -> None:
+        """Tells the shard of what others changed in the accounts since."""
+        if self.accounts.changes != self._seen:
+            self._seen = self.accounts.changes
+            self.on_change()
+
+    def close(self) -> None:
+        self.on_change = _nobody
+
+    def _serve(self, request: AnyClockRequest) -> ClockReply:
+        reply = serve_clock_request(self.accounts, request)
+        self.receive()
+        return reply if reply is not None else _SILENT
+
+
+_SILENT = ClockReply(0, 0, 0, 0, 0, 0, 0, 0)
+
+
+def _nobody() -> None:
+    """Nobody listens yet."""
+
+
+class RemoteClock:
+    """Accounts behind a socket. Used from the shard's thread only."""
+
+    def __init__(self, endpoint: str, shard: str, context: zmq.Context | None = None) -> None:
+        self.batch_rows: int | None = None
+        self.max_staleness: int | None = None
+        self.on_change: Callable[[], None] = _nobody
+        self._state = ClockState(0, 0, 0, -1)
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, Callable[[ClockReply], None]] = {}
+        self.socket: zmq.Socket | None = (context or zmq.Context.instance()).socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.ROUTING_ID, shard.encode())
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.connect(endpoint)
+        self._ask(Hello(next(self._ids), shard), self._greet)
+
+    def snapshot(self) -> ClockState:
+        return self._state
+
+    def admit(self, deadline: int, rows: int, groups: int, reply: Callable[[int], None]) -> None:
+        self._ask(Admit(next(self._ids), deadline, rows, groups), lambda answer: reply(answer.granted))
+
+    def claim(self, update: int, incarnation: int, entries: Entries, reply: Callable[[int, int], None]) -> None:
+        request = Claim(next(self._ids), update, incarnation, list(entries))
+        self._ask(request, lambda answer: reply(answer.granted, answer.blocked))
+
+    def shift(self, moves: Sequence[tuple[int, int, int]]) -> None:
+        self._send(Shift(0, list(moves)))
+
+    def retire(self, entries: Entries) -> None:
+        self._send(Retire(0, list(entries)))
+
+    def unclaim(self, incarnation: int, entries: Entries) -> None:
+        self._send(Unclaim(0, incarnation, list(entries)))
+
+    def receive(self) -> None:
+        """Handles all that has arrived."""
+        assert self.socket is not None, "the clock has been closed"
+        while self.socket.poll(0):
+            message = _replies.decode(self.socket.recv())
+            self._advance(message)
+            if isinstance(message, ClockReply):
+                waiting = self._waiting.pop(message.id, None)
+                if waiting is not None:
+                    waiting(message)
+
+    def close(self) -> None:
+        if self.socket is not None:
+            self.socket.close()
+            self.socket = None
+
+    def _advance(self, message: ClockReply | ClockState) -> None:
+        """States may overtake one another where requests are forwarded; the later one counts."""
+        new = ClockState(message.version, message.filled, message.incarnation, message.changes)
+        if new.changes < self._state.changes:
+            return
+        has_changed = new.changes > self._state.changes
+        self._state = new
+        if has_changed:
+            self.on_change()
+
+    def _greet(self, reply: ClockReply) -> None:
+        self.batch_rows = reply.batch_rows
+        self.max_staleness = reply.max_staleness
+        self.on_change()
+
+    def _ask(self, request: AnyClockRequest, reply: Callable[[ClockReply], None]) -> None:
+        self._waiting[request.id] = reply
+        self._send(request)
+
+    def _send(self, request: AnyClockRequest) -> None:
+        assert self.socket is not None, "the clock has been closed"
+        self.socket.send(encode_clock(request))

@@ -1,0 +1,101 @@
+"""What a shard is told at its start: who consumes which columns, its group numbers, its limits, its address."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+MAX_COLUMNS = 64
+HIGH_WATER_MARK = 1000
+"""Messages that wait in a socket, either way; a peer that lets more of them wait counts as gone."""
+
+
+@dataclass(frozen=True)
+class ConsumerSpec:
+    """A row is ready for the consumer when all `columns` are there. `optional` ones are delivered if any row of the
+    batch has them (rows without have length 0) and never waited for. unit "group" takes whole groups only. A `training`
+    consumer always takes whole groups: an update is made of them."""
+
+    columns: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    partition: str = "train"
+    unit: Literal["row", "group"] = "row"
+    training: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "columns", tuple(self.columns))
+        object.__setattr__(self, "optional", tuple(self.optional))
+        if self.unit not in ("row", "group"):
+            raise ValueError(f"unit: {self.unit!r}; must be 'row' or 'group'")
+        if not self.columns:
+            raise ValueError("columns: empty; a consumer reads at least one")
+        both = set(self.columns) & set(self.optional)
+        if both:
+            raise ValueError(f"optional: {sorted(both)} are among columns too; a column is waited for or it is not")
+
+    @property
+    def takes_groups(self) -> bool:
+        return self.training or self.unit == "group"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueConfig:
+    """endpoint: ipc://path or tcp://host:port ("*" lets the system choose the port). secret: shared by all who may
+    speak with this shard; needed off loopback. consumers: all there will ever be, because a row is kept until every
+    one that reads its partition is done with it. A shard's groups are first_group + k·group_stride; the stride is the
+    number of shards. late: "wait" refuses a training take that unready rows stand in the way of, "drop" drops those,
+    and `max_attempts` bounds how often a group is tried. lease_s: after that a taken row is given to somebody else."""
+
+    endpoint: str
+    consumers: Mapping[str, ConsumerSpec]
+    first_group: int = 0
+    group_stride: int = 1
+    byte_limit: int = 4 << 30
+    max_message_bytes: int = 1 << 30
+    lease_s: float = 600.0
+    late: Literal["wait", "drop"] = "wait"
+    max_attempts: int = 3
+    secret: str = ""
+
+    def __post_init__(self) -> None:
+        if self.first_group < 0:
+            raise ValueError(f"first_group: {self.first_group}; must not be negative")
+        for name in ("group_stride", "byte_limit", "max_message_bytes", "max_attempts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)}; must be at least 1")
+        if self.lease_s <= 0:
+            raise ValueError(f"lease_s: {self.lease_s}; must be positive")
+        if self.late not in ("wait", "drop"):
+            raise ValueError(f"late: {self.late!r}; must be 'wait' or 'drop'")
+        self._check_consumers()
+        check_endpoint(self.endpoint, self.secret)
+
+    def _check_consumers(self) -> None:
+        if not self.consumers:
+            raise ValueError("consumers: empty; nobody would ever free a row")
+        names = {column for spec in self.consumers.values() for column in (*spec.columns, *spec.optional)}
+        if len(names) > MAX_COLUMNS:
+            raise ValueError(f"consumers: read {len(names)} columns; at most {MAX_COLUMNS}")
+        training = [name for name, spec in self.consumers.items() if spec.training]
+        if len(training) > 1:
+            raise ValueError(f"consumers: {training} are all training; one clock counts one consumer's updates")
+
+
+def check_endpoint(endpoint: str, secret: str) -> None:
+    """Off loopback nothing travels in the clear: raises ValueError without a secret there."""
+    if endpoint.startswith("ipc://"):
+        return
+    if not endpoint.startswith("tcp://"):
+        raise ValueError(f"endpoint: {endpoint!r}; must begin with ipc:// or tcp://")
+    host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    if not secret and not _is_loopback(host):
+        raise ValueError(f"secret: empty; {endpoint!r} is not on loopback and needs one")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,105 @@
+"""What the parts of a shard share: the ledger, the bytes, the clock, who waits, and how to tell them. No verbs here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from transfer_queue import wire
+from transfer_queue.clock import Clock
+from transfer_queue.config import QueueConfig
+from transfer_queue.ledger import Ledger, Retired
+from transfer_queue.rows import Column, RowKey
+from transfer_queue.staleness import tally
+from transfer_queue.states import Row
+from transfer_queue.storage import Storage
+from transfer_queue.updates import Updates
+from transfer_queue.waiters import Waiter, Waiters
+
+Columns = Mapping[str, Column]
+Send = Callable[[bytes, wire.Message, Columns], bool]
+"""(peer, reply, columns) -> whether the peer is still there."""
+Events = Callable[[str, RowKey, dict[str, Any]], None]
+"""(kind, key, fields): reserved, taken (by a training consumer), dropped, lost."""
+
+
+class Core:
+    """changes: counts what makes a refused claim or reservation worth another try. room: the same for reservations
+    alone: memory, announcements, groups to be reserved anew. now: seconds, as of the request in hand."""
+
+    def __init__(self, config: QueueConfig, clock: Clock, send: Send, events: Events | None) -> None:
+        self.config = config
+        self.clock = clock
+        self.send = send
+        self.ledger = Ledger(
+            config.consumers,
+            first_group=config.first_group,
+            group_stride=config.group_stride,
+            byte_limit=config.byte_limit,
+            lease_s=config.lease_s,
+            max_attempts=config.max_attempts,
+        )
+        self.updates = Updates(self.ledger)
+        self.storage = Storage()
+        self.waiters = Waiters()
+        self.versions: dict[str, int] = {}
+        self.changes = 0
+        self.room = 0
+        self.now = 0.0
+        self.incarnation = 0
+        self._events = events
+        clock.on_change = self.note_change
+
+    def note_change(self) -> None:
+        self.changes += 1
+
+    def world_of(self, waiter: Waiter) -> tuple[int, int]:
+        """What the waiter's fate depends on."""
+        if isinstance(waiter.request, wire.Take):
+            return self.changes, self.ledger.lane(waiter.request.consumer).pushes
+        return self.changes, self.room
+
+    def answer(self, waiter: Waiter, reply: wire.Message, columns: Columns | None = None) -> bool:
+        """Whether it arrived, as far as one can tell."""
+        self.waiters.remove(waiter)
+        return self.send(waiter.peer, reply, columns or {})
+
+    def give_up(self, waiter: Waiter) -> None:
+        """An empty answer."""
+        if waiter in self.waiters:
+            number = waiter.request.id
+            is_take = isinstance(waiter.request, wire.Take)
+            self.answer(waiter, wire.Delivered(number, [], [], [], False) if is_take else wire.Reserved(number, []))
+
+    def retired(self, kind: str, retired: Sequence[Retired], **fields: Any) -> None:
+        """The clock gets its capacity back, once, and the log its events."""
+        entries = tally((group.deadline, rows) for group, rows in retired if rows)
+        if entries:
+            self.clock.retire(entries)
+        for group, _ in retired:
+            self.log(kind, group.rows, **fields)
+        if retired:
+            self.room += 1
+
+    def follow_incarnation(self) -> None:
+        """If another trainer has begun: what its predecessors took and did not finish is ready again, or expires."""
+        state = self.clock.snapshot()
+        if state.incarnation <= self.incarnation:
+            return
+        self.incarnation = state.incarnation
+        self.versions = {name: version for name, version in self.versions.items() if version <= state.version}
+        returned, expired = self.updates.roll_back(state.incarnation, state.version)
+        self.clock.unclaim(state.incarnation, tally(returned))
+        self.retired("dropped", expired, reason="rolled_back")
+
+    def free(self) -> None:
+        """Lets go of the bytes of rows that are done."""
+        if self.ledger.freed:
+            self.storage.free(self.ledger.freed)
+            self.ledger.freed.clear()
+            self.room += 1
+
+    def log(self, kind: str, rows: Sequence[Row], **fields: Any) -> None:
+        if self._events is not None:
+            for row in rows:
+                self._events(kind, row.key, fields)

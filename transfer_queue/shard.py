@@ -1,0 +1,128 @@
+"""One shard of the queue without its sockets: requests in, replies out, time as an argument.
+
+What cannot be answered now is parked, and tried again when the world it was tried in has changed: a put, an
+acknowledgement, an announcement, a lost lease, a change of the clock. Nothing is tried on a timer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transfer_queue import wire
+from transfer_queue.admission import Admission
+from transfer_queue.clock import Clock
+from transfer_queue.config import QueueConfig
+from transfer_queue.core import Columns, Core, Events, Send
+from transfer_queue.delivery import Delivery
+from transfer_queue.errors import QueueClosed, QueueError, RowRefused
+from transfer_queue.waiters import Waiter
+
+
+class Shard:
+    def __init__(self, config: QueueConfig, clock: Clock, send: Send, events: Events | None = None) -> None:
+        self._core = core = Core(config, clock, send, events)
+        self._admission = Admission(core)
+        self._delivery = Delivery(core)
+        self._handlers: dict[type[wire.Message], Callable[..., wire.Message | None]] = {
+            wire.Locate: self._locate,
+            wire.Announce: self._admission.announce,
+            wire.Reserve: self._admission.reserve,
+            wire.Put: self._admission.put,
+            wire.ProducerLost: self._admission.producer_lost,
+            wire.Take: self._delivery.take,
+            wire.Ack: self._delivery.ack,
+            wire.Commit: self._delivery.commit,
+            wire.Drop: self._delivery.drop,
+            wire.Decline: self._delivery.decline,
+            wire.Cancel: self._cancel,
+            wire.Introspect: self._introspect,
+        }
+
+    def handle(self, peer: bytes, request: wire.Request, columns: Columns, now: float) -> None:
+        """Answers the request, or parks it."""
+        self._core.now = now
+        try:
+            reply = self._handlers[type(request)](peer, request, columns)
+        except (QueueError, ValueError) as error:
+            reply = refusal(request.id, error)
+        if reply is not None:
+            self._core.send(peer, reply, {})
+        self.settle(now)
+
+    def settle(self, now: float) -> None:
+        """Ends leases and patience that are over, and tries everyone whose world has changed, until nothing moves."""
+        core = self._core
+        core.now = now
+        core.follow_incarnation()
+        core.ledger.lose_leases(now)
+        is_moving = True
+        while is_moving:
+            is_moving = False
+            core.free()
+            for waiter in core.waiters:
+                if not waiter.asking and waiter in core.waiters and waiter.seen != core.world_of(waiter):
+                    is_moving = True
+                    self._try(waiter)
+        for waiter in core.waiters.expired(now):
+            core.give_up(waiter)
+
+    def next_deadline(self) -> float | None:
+        """When `settle` must be called though nothing has happened."""
+        ends = [end for end in (self._core.waiters.next_end(), self._core.ledger.next_end()) if end is not None]
+        return min(ends, default=None)
+
+    def close(self) -> None:
+        """Tells all who wait that nothing will come."""
+        for waiter in self._core.waiters:
+            self._core.answer(waiter, refusal(waiter.request.id, QueueClosed("the shard is closing")))
+
+    def _try(self, waiter: Waiter) -> None:
+        waiter.seen = self._core.world_of(waiter)
+        try:
+            if isinstance(waiter.request, wire.Take):
+                self._delivery.try_take(waiter, waiter.request)
+            else:
+                self._admission.try_reserve(waiter, waiter.request)
+        except (QueueError, ValueError) as error:
+            self._core.answer(waiter, refusal(waiter.request.id, error))
+
+    def _cancel(self, peer: bytes, request: wire.Cancel, columns: Columns) -> None:
+        """A waiter that asks the clock is answered when the clock has answered."""
+        waiter = self._core.waiters.find(peer, request.target)
+        if waiter is not None:
+            waiter.expires_s = self._core.now
+            if not waiter.asking:
+                self._core.give_up(waiter)
+
+    def _locate(self, peer: bytes, request: wire.Locate, columns: Columns) -> wire.Message:
+        return wire.Located(request.id, self._core.config.first_group, self._core.config.group_stride)
+
+    def _introspect(self, peer: bytes, request: wire.Introspect, columns: Columns) -> wire.Message:
+        return wire.Report(request.id, self.describe())
+
+    def describe(self) -> dict[str, Any]:
+        """Depths, ages, leases, and who waits for what. Consumes nothing."""
+        core = self._core
+        state = core.clock.snapshot()
+        waiters = [
+            {"verb": type(waiter.request).__name__.lower(), "who": _who(waiter.request), "for": waiter.waits_for}
+            for waiter in core.waiters
+        ]
+        return core.ledger.describe(core.now) | {
+            "clock": {"version": state.version, "filled": state.filled, "incarnation": state.incarnation},
+            "producers": dict(core.versions),
+            "waiters": waiters,
+            "stored_rows": len(core.storage),
+            "stored_bytes": core.storage.num_bytes,
+        }
+
+
+def refusal(request: int, error: Exception) -> wire.Refused:
+    """A ValueError is the asker's own mistake, found by a file that knows no wire."""
+    name = type(error).__name__ if isinstance(error, QueueError) else RowRefused.__name__
+    return wire.Refused(request, name, str(error))
+
+
+def _who(request: wire.Take | wire.Reserve) -> str:
+    return request.consumer if isinstance(request, wire.Take) else request.producer
