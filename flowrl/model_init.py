@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
-from tokenizers import AddedToken, Tokenizer, decoders
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 
 from flowrl.config import ModelInitConfig
@@ -45,7 +45,9 @@ def create_model(path: Path, init: ModelInitConfig, texts: Iterable[str]) -> Non
     """
     if path.exists():
         raise ValueError(f"model.path: {str(path)!r}; exists already, and models are never overwritten")
-    tokenizer = character_tokenizer(sorted(set(texts) - {""}))
+    if init.lowercase:
+        texts = map(str.lower, texts)
+    tokenizer = character_tokenizer(sorted(set(texts) - {""}), init.lowercase)
     path.parent.mkdir(parents=True, exist_ok=True)
     making = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
@@ -62,8 +64,9 @@ def create_model(path: Path, init: ModelInitConfig, texts: Iterable[str]) -> Non
         raise
 
 
-def character_tokenizer(texts: Sequence[str]) -> Tokenizer:
+def character_tokenizer(texts: Sequence[str], lowercase: bool = False) -> Tokenizer:
     """One token for each character of `texts` (sorted, distinct), and one for the beginning that prompts share.
+    lowercase: `texts` are, and the tokenizer makes what it is given so.
 
     Texts beyond ASCII come from an open alphabet: then characters never seen are spelt in bytes, 256 tokens more.
     Within ASCII they become <unk>.
@@ -77,9 +80,11 @@ def character_tokenizer(texts: Sequence[str]) -> Tokenizer:
     tokenizer = Tokenizer(BPE(vocabulary, [], unk_token=UNKNOWN, byte_fallback=is_open))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()]) if is_open else decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    if lowercase:
+        tokenizer.normalizer = normalizers.Lowercase()
     prefix = shared_prefix(texts)
     if len(prefix) > MIN_PREFIX_CHARACTERS:
-        tokenizer.add_tokens([AddedToken(prefix, normalized=False)])
+        tokenizer.add_tokens([AddedToken(prefix, normalized=lowercase)])
     return tokenizer
 
 

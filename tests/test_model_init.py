@@ -116,3 +116,15 @@ def test_making_a_model_imports_neither_torch_nor_transformers() -> None:
         [sys.executable, "-c", f"import json; {code}"], capture_output=True, text=True, timeout=60, check=True
     ).stdout
     assert json.loads(said) == []
+
+
+def test_a_lowercase_tokenizer_knows_no_capitals(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    texts = ["Spell this word: Sun", "Spell this word: tree", "nuS", "eert"]
+    create_model(tmp_path / "m", ModelInitConfig(hidden_size=32, layers=1, intermediate_size=32, lowercase=True), texts)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    tokens = tokenizer("Spell this word: Sun", add_special_tokens=False)["input_ids"]
+    assert len(tokens) == 4
+    assert tokenizer.decode(tokens) == "spell this word: sun"
+    assert tokenizer.unk_token_id not in tokenizer("Tree", add_special_tokens=False)["input_ids"]

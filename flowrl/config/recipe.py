@@ -15,7 +15,8 @@ from flowrl.config.checks import check_at_least, check_dotted, check_one_of, che
 @dataclass(frozen=True, kw_only=True)
 class ModelInitConfig:
     """A small Qwen3 to make on the spot when `model.path` does not exist: random weights, a tokenizer of characters.
-    rope_theta: base of the rotary positions; short contexts learn faster with a small one."""
+    rope_theta: base of the rotary positions; short contexts learn faster with a small one. lowercase: the tokenizer
+    turns capitals into small letters, for tasks to which they mean nothing."""
 
     hidden_size: int = 128
     layers: int = 2
@@ -24,6 +25,7 @@ class ModelInitConfig:
     intermediate_size: int = 384
     max_tokens: int = 256
     rope_theta: float = 10_000.0
+    lowercase: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

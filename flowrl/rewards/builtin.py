@@ -43,6 +43,13 @@ def reasoning_gym(
     return {"score": score, "acc": float(score >= 1.0)}
 
 
+def reasoning_gym_exact(
+    data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping[str, Any]
+) -> float:
+    """1.0 if the task's own verifier gives the response full marks, otherwise 0: no partial credit."""
+    return reasoning_gym(data_source, solution_str, ground_truth, extra_info)["acc"]
+
+
 @functools.cache
 def _task(name: str, options: str, size: int, seed: int) -> Any:
     return open_task(name, json.loads(options), size, seed)
@@ -61,4 +68,9 @@ def _number(text: str) -> float | str:
         return text
 
 
-BUILTIN = {"exact_match": exact_match, "gsm8k": gsm8k, "reasoning_gym": reasoning_gym}
+BUILTIN = {
+    "exact_match": exact_match,
+    "gsm8k": gsm8k,
+    "reasoning_gym": reasoning_gym,
+    "reasoning_gym_exact": reasoning_gym_exact,
+}
