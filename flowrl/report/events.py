@@ -16,7 +16,7 @@ Key = tuple[str, int, int, int]
 
 
 class Event(msgspec.Struct, frozen=True, gc=False):
-    """kind: reserved, dispatched (version), sampled (spans: [[version, tokens], …]), taken (update), trained (update),
+    """kind: reserved, dispatched (version), sampled (versions: [[version, tokens], …]), taken (update), trained (update),
     dropped (reason), lost, published (version). key: [partition, group, index, attempt]. t: seconds since 1970."""
 
     kind: str
@@ -26,7 +26,7 @@ class Event(msgspec.Struct, frozen=True, gc=False):
     version: int | None = None
     update: int | None = None
     reason: str | None = None
-    spans: tuple[tuple[int, int], ...] = ()
+    versions: tuple[tuple[int, int], ...] = ()
 
 
 _DECODER = msgspec.json.Decoder(Event)

@@ -79,7 +79,7 @@ class _Log:
             return
         self.counts[event.node][kind] += 1
         if kind == "sampled":
-            self.spans[key] = (*self.spans[key], *event.spans) if key in self.spans else event.spans
+            self.spans[key] = (*self.spans[key], *event.versions) if key in self.spans else event.versions
         elif kind == "taken" and update is not None:
             earlier = self.taken.get(key, ())
             if update not in earlier:

@@ -148,7 +148,7 @@ class RolloutStage:
             sampling=dataclasses.replace(self.sampling, seed=sample_seed(self.recipe.train.seed, key)),
         )
         trajectory = await self.episode(self.engine, request)
-        self.events.write("sampled", key, spans=trajectory.spans())
+        self.events.write("sampled", key, versions=trajectory.spans())
         self.finished.append((key, index, prompt, trajectory))
         self.has_finished.set()
 

@@ -23,7 +23,7 @@ def row(group: int, versions: Iterable[int], update: int, index: int = 0, node: 
     name = {"key": key(group, index), "node": node}
     return [
         {"kind": "reserved", **name, "version": min(versions, default=0)},
-        {"kind": "sampled", **name, "spans": [[version, 5] for version in versions]},
+        {"kind": "sampled", **name, "versions": [[version, 5] for version in versions]},
         {"kind": "taken", **name, "update": update},
         {"kind": "trained", **name, "update": update},
     ]
@@ -74,7 +74,7 @@ def test_the_order_of_lines_does_not_matter(tmp_path: Path) -> None:
 
 
 def test_spans_of_several_sampled_lines_count_together(tmp_path: Path) -> None:
-    resumed = {"kind": "sampled", "key": key(0), "spans": [[0, 4]]}
+    resumed = {"kind": "sampled", "key": key(0), "versions": [[0, 4]]}
     findings = check_run(run_of(tmp_path, row(0, [3], 3), [resumed]))
     assert findings.max_staleness == 3
     assert len(findings.violations) == 1
@@ -140,7 +140,7 @@ def test_the_checker_imports_nothing_that_keeps_the_bound() -> None:
 
 def test_a_log_of_ten_megabytes_takes_a_second_or_so(tmp_path: Path) -> None:
     line = (
-        '{{"t":1763683000.123,"node":0,"kind":"sampled","key":["train",{0},0,0],"spans":[[{1},9]]}}\n'
+        '{{"t":1763683000.123,"node":0,"kind":"sampled","key":["train",{0},0,0],"versions":[[{1},9]]}}\n'
         '{{"t":1763683000.123,"node":0,"kind":"taken","key":["train",{0},0,0],"update":{1}}}\n'
     )
     (tmp_path / "events.jsonl").write_text("".join(line.format(group, group // 256) for group in range(60_000)))
