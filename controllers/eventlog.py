@@ -48,6 +48,11 @@ class EventLog:
             elif len(self._buffer) >= _FLUSH_BYTES:
                 self._flush()
 
+    def flush(self) -> None:
+        """What has been written so far is in the file when this returns, and survives this process."""
+        with self._changed:
+            self._flush()
+
     def close(self) -> None:
         """Idempotent."""
         with self._changed:

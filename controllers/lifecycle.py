@@ -43,11 +43,10 @@ class Session:
             )
 
     def __enter__(self) -> Session:
-        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if self._root.stat().st_uid != os.getuid():
-            raise ValueError(f"run.session_dir: {self._root} belongs to another user; name a directory of your own")
         # Held while directories come and go, so that none is seen between its making and its locking.
-        with _locked(self._root):
+        with _made_and_locked(self._root):
+            if self._root.stat().st_uid != os.getuid():
+                raise ValueError(f"run.session_dir: {self._root} belongs to another user; name one of your own")
             remove_dead_sessions(self._root)
             if self.path.exists():
                 raise ValueError(f"run id: {self.path} belongs to a run that is alive; give this run another id")
@@ -62,8 +61,11 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self.path)
-        self._owner.close()
+        with _made_and_locked(self._root):
+            shutil.rmtree(self.path)
+            self._owner.close()
+            if self._root == default_root() and not any(self._root.iterdir()):
+                self._root.rmdir()
 
     def endpoint(self, name: str) -> str:
         """A ZeroMQ endpoint in the directory."""
@@ -81,13 +83,21 @@ class Session:
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+def _made_and_locked(directory: Path) -> Iterator[None]:
+    """Whoever leaves last removes the directory, so it may go between its making and its locking: then again."""
+    while True:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if os.fstat(descriptor).st_nlink:
+                yield
+                return
+        finally:
+            os.close(descriptor)
 
 
 def remove_dead_sessions(root: Path) -> list[Path]:

@@ -7,6 +7,7 @@ that are left and removes the session directory. The file imports the standard l
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -58,6 +59,10 @@ def main(session_dir: str) -> None:
         except ProcessLookupError:
             continue
     shutil.rmtree(session_dir, ignore_errors=True)
+    root = os.path.dirname(session_dir)
+    if root == f"/dev/shm/flowrl-{os.getuid()}":
+        with contextlib.suppress(OSError):  # other sessions are in it
+            os.rmdir(root)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,8 @@ class Topology:
         if "RANK" not in environ and "WORLD_SIZE" not in environ:
             return cls(run_id=f"pid{os.getpid()}")
         port = _number(environ, "MASTER_PORT")
+        if port == 0:
+            raise ValueError("MASTER_PORT: 0; nodes need a port to meet at (torchrun --standalone finds a free one)")
         run_id = re.sub(r"[^\w-]", "-", environ.get("TORCHELASTIC_RUN_ID", "none"))
         return cls(
             node=_number(environ, "RANK"),

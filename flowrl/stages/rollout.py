@@ -159,6 +159,7 @@ class RolloutStage:
             self.has_finished.clear()
             batch, self.finished = self.finished, []
             keys = [key for key, *_ in batch]
+            self.events.flush()  # a row that others can see has its history in the log, should this process die now
             oldest = [int(trajectory.versions.min()) for *_, trajectory in batch]
             await queue.put(keys, columns_of(batch), oldest)
 

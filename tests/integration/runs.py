@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
+SESSIONS = Path("/dev/shm") / f"flowrl-tests-{os.getpid()}"
 SMALL = (
     "data.size=3000",
     "data.held_out=50",
@@ -41,7 +43,7 @@ def small_run(directory: Path, *overrides: str, name: str = "small", steps: int 
 
 def sessions(directory: Path) -> Path:
     """A session root of the test's own, short enough for sockets, so that what is left in it is this run's."""
-    return Path("/dev/shm") / f"fr{abs(hash(str(directory))) % 10**8}"
+    return SESSIONS / f"{zlib.crc32(str(directory).encode()):08x}"
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from tests.integration.runs import ROOT, SMALL, events, run_to_end, sessions
 @pytest.mark.timeout(300)
 def test_both_nodes_produce_and_consume(tmp_path: Path) -> None:
     arguments = [
-        sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=2", "--master-port=0",
+        sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=2", "--standalone",
         "-m", "flowrl", "run", str(ROOT / "recipes" / "quickstart_two_nodes.yaml"), *SMALL, "train.steps=12",
         "run.name=two", f"run.dir={tmp_path}/runs", f"model.path={tmp_path}/model",
         f"run.session_dir={sessions(tmp_path)}",

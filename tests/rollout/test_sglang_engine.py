@@ -9,7 +9,6 @@ own, to end them.
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import subprocess
 import sys
@@ -37,24 +36,18 @@ from tests.rollout.conformance import (  # noqa: F401
     runner,
 )
 from tests.rollout.reference import MAX_MODEL_TOKENS, VOCABULARY, reference_logprobs
+from tests.rollout.sglang_environment import sglang_python
 
 pytestmark = pytest.mark.sglang
-
-ROOT = Path(__file__).resolve().parents[2]
-PYTHON = ROOT / ".venv-sglang" / "bin" / "python"
 
 
 @pytest.fixture(scope="module")
 def make_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], SGLangEngine]:
     """A few tokens more than the models were made for, because a server keeps some to itself."""
-    if not PYTHON.exists():
-        reason = f"{PYTHON} is not there; tests/sglang_cpu/install.sh makes it"
-        if os.environ.get("FLOWRL_REQUIRE_SGLANG") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
+    python = sglang_python()
     log_path = tmp_path_factory.mktemp("logs") / "server.log"
     return lambda: SGLangEngine(
-        python=str(PYTHON),
+        python=str(python),
         device="cpu",
         server_args={"context_length": MAX_MODEL_TOKENS + 8, "max_running_requests": 32},
         env={"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"},
@@ -246,8 +239,8 @@ def test_no_server_outlives_the_process_that_started_it(
         "engine = SGLangEngine(python=sys.argv[1], device='cpu', log_path=pathlib.Path(sys.argv[3]))\n"
         "asyncio.run(engine.start(pathlib.Path(sys.argv[2]), 0))"
     )
-    command = [sys.executable, "-c", program, str(PYTHON), str(models.first), str(tmp_path / "server.log")]
-    with subprocess.Popen(command, cwd=ROOT) as starter:
+    command = [sys.executable, "-c", program, str(sglang_python()), str(models.first), str(tmp_path / "server.log")]
+    with subprocess.Popen(command, cwd=Path(__file__).resolve().parents[2]) as starter:
         family = wait_for_family(starter.pid, at_least=4)
         starter.kill()
     assert psutil.wait_procs(family, timeout=20)[1] == []

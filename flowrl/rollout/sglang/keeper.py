@@ -4,8 +4,8 @@
 
 The group ends when the program ends, at SIGTERM (the program is asked first), and at once when the parent dies (the
 kernel sends SIGHUP then) or sends SIGHUP itself. A program could tie itself to its parent, but not its children in the
-moments before they have tied themselves to it. The program's temporary directory is its own and goes with it. The exit
-code is the program's, or 128 + the signal that ended it.
+moments before they have tied themselves to it. The program's temporary directory is its own and goes with it, and so
+does the shared memory that SGLang leaves. The exit code is the program's, or 128 + the signal that ended it.
 
 Run as a script, by path: it imports nothing of FlowRL and costs a few milliseconds.
 """
@@ -19,11 +19,13 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _SIGNALS = {signal.SIGHUP, signal.SIGTERM, signal.SIGCHLD}
 _REMAINS_GRACE_S = 2.0
+_SHARED_MEMORY = ("sglang_loads_", "sgl_shm_")
 
 
 def main(parent: int, command: list[str]) -> int:
@@ -33,12 +35,30 @@ def main(parent: int, command: list[str]) -> int:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     if os.getppid() != parent:
         sys.exit(f"keeper: process {parent} ended before {command[0]} was started")
+    started = time.time()
     with tempfile.TemporaryDirectory(prefix="sglang-", ignore_cleanup_errors=True) as temporary:
         os.environ["TMPDIR"] = temporary
         program = _fork(command)
         code = _wait(program)
         _end_remains(program)
+    _remove_shared_memory(started)
     return code
+
+
+def _remove_shared_memory(since: float) -> None:
+    """SGLang's segments made since then that no process has mapped: it names them by nothing that is known here."""
+    left = [path for prefix in _SHARED_MEMORY for path in Path("/dev/shm").glob(f"{prefix}*")]
+    held = "".join(_maps(process) for process in Path("/proc").glob("[0-9]*")) if left else ""
+    for path in left:
+        with suppress(FileNotFoundError, PermissionError):
+            if str(path) not in held and path.stat().st_ctime >= since:
+                path.unlink()
+
+
+def _maps(process: Path) -> str:
+    with suppress(OSError):
+        return (process / "maps").read_text()
+    return ""
 
 
 def _fork(command: list[str]) -> int:
