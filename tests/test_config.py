@@ -34,7 +34,7 @@ QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
         ("eval.path=/nowhere.jsonl", "eval.path: '/nowhere.jsonl'; no such file or directory"),
         ("eval.samples=4", "eval.samples: 4; greedy samples are all alike"),
         ("reward.name=null", "reward: name=None, path=None; exactly one of the two"),
-        ("reward.path=a.py:f", "reward: name='exact_match', path='a.py:f'; exactly one of the two"),
+        ("reward.path=a.py:f", "reward: name='reasoning_gym_exact', path='a.py:f'; exactly one of the two"),
         ("rollout.engine=vllm", "rollout.engine: 'vllm'; must be one of embedded, sglang"),
         ("rollout.temperature=0", "rollout.temperature: 0.0; must be above 0"),
         ("rollout.episode=nothing", "rollout.episode: 'nothing'; must read"),
