@@ -1,4 +1,6 @@
-"""One distribution, three packages. Tools are configured in pyproject.toml; versions of what the Makefile installs there."""
+"""One distribution, three packages. Tools are configured in pyproject.toml."""
+
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
@@ -6,7 +8,7 @@ setup(
     name="flowrl",
     version="0.1.0",
     description="Asynchronous, multi-controller reinforcement learning for language models, strict about staleness",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
@@ -18,7 +20,7 @@ setup(
         "numpy>=1.26",
         "pyzmq>=26.0",
         "msgspec>=0.19",
-        "omegaconf>=2.3",
+        "omegaconf>=2.4",
         "rich>=13.0",
         "matplotlib>=3.8",
         "aiohttp>=3.9",

@@ -2,7 +2,8 @@
 
 In an environment of its own, since TRL pins what it needs:
 
-    python3.11 -m venv TRL && TRL/bin/pip install torch==2.13.0 && TRL/bin/pip install trl datasets msgspec omegaconf
+    python3.11 -m venv TRL && TRL/bin/pip install torch==2.13.0
+    TRL/bin/pip install trl datasets msgspec omegaconf reasoning-gym
     TRL/bin/python benchmarks/time_to_reward_trl.py --model DIR --train TRAIN.jsonl --held-out TEST.jsonl --out R.json
 
 Measured: `loop_s`, from the first update's start until greedy accuracy on the held-out prompts reaches the target, the
@@ -48,7 +49,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--train", type=Path, required=True, help="JSONL of training prompts")
     parser.add_argument("--held-out", type=Path, required=True, help="JSONL of prompts to evaluate on")
     parser.add_argument("--out", type=Path, required=True, help="where the result goes")
-    parser.add_argument("--reward", default="exact_match", help="a reward of FlowRL's, by name")
+    parser.add_argument("--reward", default="reasoning_gym_exact", help="a reward of FlowRL's, by name")
     parser.add_argument("--target", type=float, default=0.86, help="greedy accuracy at which the loop ends")
     parser.add_argument("--max-steps", type=int, default=1200, help="updates after which the loop ends anyway")
     parser.add_argument("--evaluate-every", type=int, default=50, help="updates between two evaluations")
@@ -56,6 +57,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=8, help="samples of a prompt")
     parser.add_argument("--max-tokens", type=int, default=8, help="of a response")
     parser.add_argument("--threads", type=int, default=2, help="that torch computes with")
+    parser.add_argument("--beta2", type=float, default=0.99, help="of AdamW")
+    parser.add_argument("--scale-rewards", default="group", choices=("group", "none"), help="by the group's spread")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -145,7 +148,7 @@ def settings(given: argparse.Namespace, folder: str) -> trl.GRPOConfig:
         epsilon=0.2,
         epsilon_high=0.28,
         loss_type="dapo",
-        scale_rewards="none",
+        scale_rewards=given.scale_rewards,
         max_grad_norm=1.0,
         gradient_checkpointing=False,
         disable_tqdm=True,
@@ -163,7 +166,7 @@ def make_trainer(
         return [result.value for result in reward([train[each] for each in index], completions)]
 
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, given.beta2), weight_decay=0.0, fused=True
     )
     rate = functools.partial(
         learning_rate, peak=1.0, warmup_steps=10, schedule="linear", decay_steps=1200, final_ratio=0.1

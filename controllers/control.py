@@ -41,7 +41,7 @@ _WELCOME_TIMEOUT_S = 30.0
 _GOODBYE_TIMEOUT_S = 5.0
 _LINGER_MS = 2000
 
-Callback = Callable[[dict[str, Any]], None]
+Callback = Callable[[dict[str, Any]], object]
 
 
 class ControlChannel:

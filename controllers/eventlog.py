@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import msgspec
+
+from transfer_queue.rows import RowKey
 
 _FLUSH_S = 0.2
 _FLUSH_BYTES = 64 * 1024
@@ -33,8 +34,8 @@ class EventLog:
         self._thread = threading.Thread(target=self._run, name="event-log", daemon=True)
         self._thread.start()
 
-    def write(self, kind: str, key: Sequence[str | int] | None = None, **fields: Any) -> None:
-        """`key`: [partition, group, index, attempt]."""
+    def write(self, kind: str, key: RowKey | None = None, **fields: Any) -> None:
+        """`key` is written as [partition, group, index, attempt]."""
         event: dict[str, Any] = {"t": time.time(), "node": self._node, "kind": kind}
         if key is not None:
             event["key"] = key

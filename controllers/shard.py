@@ -74,7 +74,7 @@ def main(context: WorkerContext) -> None:
     with EventLog(context.run_dir / "events.jsonl", context.node) as log:
 
         def write(kind: str, key: RowKey, fields: Mapping[str, Any]) -> None:
-            log.write(kind, [key.partition, key.group, key.index, key.attempt], **fields)
+            log.write(kind, key, **fields)
 
         server = QueueServer(config, RemoteClock(context.payload["clock_endpoint"], context.name), write)
         context.on_stop(server.stop)

@@ -11,7 +11,7 @@ import socket
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 
@@ -177,7 +177,7 @@ def controller_settings(built: Pipeline, run_dir: Path) -> ControllerSettings:
         queue=QueueSettings(
             batch_rows=recipe.train.batch_groups * recipe.rollout.group_size,
             max_staleness=recipe.staleness.max,
-            late=recipe.staleness.late,
+            late=cast(Literal["wait", "drop"], recipe.staleness.late),
             byte_limit=recipe.queue.byte_limit_mb << 20,
             lease_s=recipe.queue.lease_s,
         ),

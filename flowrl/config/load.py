@@ -24,11 +24,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"override: {override!r}; must read field.name=value")
-    given = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
+    merged = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
+    assert isinstance(merged, DictConfig)
+    given = merged
     _check_keys(given, Recipe, "")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Recipe), given)
-        recipe = OmegaConf.to_object(merged)
+        recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), given))
     except OmegaConfBaseException as error:
         raise ValueError(_readable(error)) from error
     assert isinstance(recipe, Recipe)
@@ -64,13 +65,13 @@ def to_yaml(recipe: Recipe) -> str:
 def _check_keys(given: DictConfig, kind: type, prefix: str) -> None:
     """Walks the mapping beside the dataclasses: unknown keys with the nearest known one, and what is missing."""
     hints = typing.get_type_hints(kind)
-    for key in given:
+    for key in map(str, given):
         name = f"{prefix}{key}"
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(hints)}"
             raise ValueError(f"{name}: {_plain(given, key)!r}; no such field ({hint})")
-        _check_inside(given, str(key), hints[key], name)
+        _check_inside(given, key, hints[key], name)
     for entry in dataclasses.fields(kind):
         has_default = entry.default is not dataclasses.MISSING or entry.default_factory is not dataclasses.MISSING
         if not has_default and entry.name not in given:
@@ -79,7 +80,8 @@ def _check_keys(given: DictConfig, kind: type, prefix: str) -> None:
 
 def _check_inside(given: DictConfig, key: str, hint: Any, name: str) -> None:
     node = given._get_node(key)
-    inner = [arg for arg in (typing.get_args(hint) or (hint,)) if dataclasses.is_dataclass(arg)]
+    kinds = typing.get_args(hint) or (hint,)
+    inner = [kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
     if not inner or OmegaConf.is_missing(given, key) or _plain(given, key) is None:
         return
     if not isinstance(node, DictConfig):
@@ -87,12 +89,14 @@ def _check_inside(given: DictConfig, key: str, hint: Any, name: str) -> None:
     if typing.get_origin(hint) is not dict:
         _check_keys(node, inner[0], f"{name}.")
         return
-    for entry in node:
-        _check_inside(node, str(entry), inner[0], f"{name}.{entry}")
+    for entry in map(str, node):
+        _check_inside(node, entry, inner[0], f"{name}.{entry}")
 
 
-def _plain(given: DictConfig, key: Any) -> Any:
-    return OmegaConf.to_container(given)[key]
+def _plain(given: DictConfig, key: str) -> Any:
+    container = OmegaConf.to_container(given)
+    assert isinstance(container, dict)
+    return {str(name): value for name, value in container.items()}[key]
 
 
 def _refuse_missing_paths(recipe: Recipe) -> None:

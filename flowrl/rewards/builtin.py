@@ -43,9 +43,7 @@ def reasoning_gym(
     return {"score": score, "acc": float(score >= 1.0)}
 
 
-def reasoning_gym_exact(
-    data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping[str, Any]
-) -> float:
+def reasoning_gym_exact(data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping[str, Any]) -> float:
     """1.0 if the task's own verifier gives the response full marks, otherwise 0: no partial credit."""
     return reasoning_gym(data_source, solution_str, ground_truth, extra_info)["acc"]
 

@@ -65,8 +65,8 @@ class GenerateRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """tokens: int32 (T,). logprobs: float32 (T,), at the sampling temperature, before top-p/top-k/min-p. versions: int32
-    (T,), the weights that sampled each token, as the engine says."""
+    """tokens: int32 (T,). logprobs: float32 (T,), at the sampling temperature, before top-p, top-k and min-p. versions:
+    int32 (T,), the weights that sampled each token, as the engine says."""
 
     tokens: np.ndarray
     logprobs: np.ndarray

@@ -79,6 +79,7 @@ class TrainStage:
         self.context.ready()
         if recipe.warm_start is not None:
             warm_start(self.context, recipe, self.policy, self.publisher, self.world)
+            self.publisher.export(self.context.run_dir / "warm_start", writes=self.context.rank == 0)
         trainer = PolicyTrainer(self.policy, self.world, recipe.train, recipe.algorithm)
         queue = QueueClient(self.context.queue_endpoints, secret=self.context.queue_secret)
         events = EventLog(self.context.run_dir / "events.jsonl", self.context.node)

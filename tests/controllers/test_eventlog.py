@@ -9,14 +9,16 @@ import time
 from pathlib import Path
 
 from controllers.eventlog import EventLog
+from transfer_queue.rows import RowKey
 
 _WRITER = """
 import sys
 from pathlib import Path
 from controllers.eventlog import EventLog
+from transfer_queue.rows import RowKey
 with EventLog(Path(sys.argv[1]), int(sys.argv[2])) as log:
     for number in range(4000):
-        log.write("sampled", ["train", number, 0, 1], text="x" * (number % 300))
+        log.write("sampled", RowKey("train", number, 0, 1), text="x" * (number % 300))
 """
 _LINES = 4000
 

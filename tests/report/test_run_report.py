@@ -28,7 +28,11 @@ def run(tmp_path: Path) -> Path:
     (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"t": 41, "st')
     (tmp_path / "summary.json").write_text(json.dumps({"steps": 20, "rl_s": 20.0, "accuracy_before": 0.3}))
     row = {"t": 1.0, "node": 0, "key": ["train", 0, 0, 0]}
-    events = [{"kind": "sampled", "versions": [[0, 3]]}, {"kind": "taken", "update": 1}, {"kind": "trained", "update": 1}]
+    events = [
+        {"kind": "sampled", "versions": [[0, 3]]},
+        {"kind": "taken", "update": 1},
+        {"kind": "trained", "update": 1},
+    ]
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(row | event) + "\n" for event in events))
     (tmp_path / "recipe.yaml").write_text("staleness: {max: 1}\n")
     return tmp_path
