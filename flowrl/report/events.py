@@ -16,8 +16,9 @@ Key = tuple[str, int, int, int]
 
 
 class Event(msgspec.Struct, frozen=True, gc=False):
-    """kind: reserved, dispatched (version), sampled (versions: [[version, tokens], …]), taken (update),
-    trained (update), dropped (reason), lost, published (version). key: [partition, group, index, attempt]. t: seconds since 1970."""
+    """kind: reserved, dispatched (version), sampled (versions: [[version, tokens], …]), taken (update), trained
+    (update), dropped (reason), lost, published (version). key: [partition, group, index, attempt]. t: seconds since
+    1970."""
 
     kind: str
     t: float = 0.0

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 from controllers.eventlog import EventLog
-from transfer_queue.rows import RowKey
 
 _WRITER = """
 import sys
