@@ -115,10 +115,11 @@ def measure_trl(work: Path, model: Path, given: argparse.Namespace) -> dict[str,
     measured = json.loads((work / "trl.json").read_text())
     return {
         "startup_s": measured["startup_s"],
-        "steps": measured["steps"],
-        "loop_s": measured["loop_s_to_target"] if measured["reached"] else None,
+        "steps": measured["steps_to_target"],
+        "loop_s": measured["loop_s_to_target"],
         "seconds_per_step": measured["seconds_per_step"],
-        "accuracy": measured["accuracy"],
+        "accuracy": measured["accuracy"][-1]["accuracy"],
+        "threads": given.trl_threads,
         "versions": measured["versions"],
     }
 
