@@ -52,7 +52,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl-python", type=Path, required=True, help="interpreter of the environment that has TRL")
-    parser.add_argument("--trl-threads", type=int, default=1, help="that TRL's torch computes with")
+    parser.add_argument("--trl-threads", type=int, default=2, help="that TRL's torch computes with")
     parser.add_argument("--target", type=float, default=0.86, help="greedy accuracy on the held-out prompts")
     parser.add_argument("--max-steps", type=int, default=1000, help="updates after which either gives up")
     parser.add_argument("--seed", type=int, default=0)

@@ -39,10 +39,10 @@ FINISH_CODES = {FinishReason.STOP: 0, FinishReason.LENGTH: 1, FinishReason.ABORT
 def main(context: WorkerContext) -> None:
     recipe = load(context.payload["recipe"])
     prompts = Prompts(recipe)
+    context.report({"data/prompts": float(len(prompts.tokens)), "data/prompts_dropped": float(prompts.dropped)})
     if prompts.dropped:
-        context.log(
-            f"{prompts.dropped} prompts dropped: longer than data.max_prompt_tokens={recipe.data.max_prompt_tokens}"
-        )
+        limit = recipe.data.max_prompt_tokens
+        context.log(f"{prompts.dropped} prompts dropped: longer than data.max_prompt_tokens={limit}")
     asyncio.run(RolloutStage(context, recipe, prompts).run())
 
 

@@ -16,12 +16,13 @@ GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 
 def test_a_task_of_ones_own_takes_fifteen_lines(tmp_path: Path) -> None:
     """A JSONL of prompts, a reward in a file beside it, a recipe: the README's example, tried from nothing."""
+    long = {"prompt": "1" * 40, "data_source": "sums", "reward_model": {"ground_truth": "1"}}
     rows = [
         {"prompt": f"{a}+{b}=", "data_source": "sums", "reward_model": {"ground_truth": str(a + b)}}
         for a in range(20)
         for b in range(20)
     ]
-    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, long]))
     (tmp_path / "my.py").write_text(
         textwrap.dedent("""
             def score(data_source, solution_str, ground_truth, extra_info=None):
@@ -32,7 +33,7 @@ def test_a_task_of_ones_own_takes_fifteen_lines(tmp_path: Path) -> None:
         textwrap.dedent(f"""
             run: {{name: sums, session_dir: {sessions(tmp_path)}}}
             model: {{path: model, init: {{layers: 1, hidden_size: 32, intermediate_size: 64}}}}
-            data: {{path: sums.jsonl, held_out: 40}}
+            data: {{path: sums.jsonl, held_out: 40, max_prompt_tokens: 30}}
             reward: {{path: "my.py:score"}}
             rollout: {{max_tokens: 3, group_size: 4}}
             train: {{batch_groups: 8, steps: 6, learning_rate: 1e-3}}
@@ -45,6 +46,8 @@ def test_a_task_of_ones_own_takes_fifteen_lines(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "runs" / "sums" / "summary.json").read_text())
     assert set(summary["accuracy_by_version"]) == {"0", "3", "6"}
     assert (tmp_path / "runs" / "sums" / "model" / "model.safetensors").exists()
+    metrics = (tmp_path / "runs" / "sums" / "metrics.jsonl").read_text()
+    assert '"data/prompts_dropped": 1.0' in metrics
 
 
 @pytest.mark.skipif(not GSM8K.exists(), reason=f"no GSM8K at {GSM8K}")
