@@ -126,7 +126,8 @@ class TorchPeers:
         global _serving
         import torch.distributed.rpc as rpc
 
-        os.environ.setdefault("TP_SOCKET_IFNAME", self._interface)
+        for variable in ("TP_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):  # RPC makes a gloo group of its own
+            os.environ.setdefault(variable, self._interface)
         _serving = self._handlers
         self._rpc: Any = rpc
         # env:// finds torchrun's own store at MASTER_ADDR:MASTER_PORT and sets keys of this attempt apart.
