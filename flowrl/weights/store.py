@@ -170,17 +170,6 @@ def write_directory(
         raise
 
 
-def fits(path: Path, needed_bytes: int, setting: str) -> None:
-    """Raises ValueError, naming `setting`, which chose `path`, and the sizes, if its file system has less room."""
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    free_bytes = shutil.disk_usage(existing).free
-    if free_bytes < needed_bytes:
-        raise ValueError(
-            f"{setting}: {str(path)!r} has {free_bytes / 2**20:.0f} MiB free; "
-            f"published weights need {needed_bytes / 2**20:.0f} MiB"
-        )
-
-
 def _link(source: Path, target: Path) -> None:
     """A hard link lives on when the model directory goes; between file systems only a symbolic one is possible."""
     try:

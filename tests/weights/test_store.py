@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowrl.weights.store import WeightStore, fits
+from flowrl.weights.store import WeightStore
 from flowrl.weights.tensorfile import TensorFileLayout, write_tensors
 
 SHAPES = {"a.weight": torch.Size([3, 5]), "b.bias": torch.Size([7]), "scale": torch.Size([])}
@@ -129,12 +129,6 @@ def test_full_file_system_is_an_error_naming_the_size() -> None:
         assert store.versions() == []
     finally:
         store.root.rmdir()
-
-
-def test_too_small_a_file_system_is_named_with_its_setting(tmp_path: Path) -> None:
-    fits(tmp_path / "not" / "made" / "yet", 1 << 10, "run.session_dir")
-    with pytest.raises(ValueError, match=r"run\.session_dir: .* need 1073741824 MiB"):
-        fits(tmp_path, 1 << 50, "run.session_dir")
 
 
 def test_store_without_room_for_a_version_is_refused(tmp_path: Path) -> None:
