@@ -1,0 +1,84 @@
+"""What a recipe says of pools, stages, the queue, the network and the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from flowrl.config.checks import check_at_least, check_dotted, check_one_of, check_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolConfig:
+    """Where workers run. nodes: indices, empty for all. workers: a node. threads: each worker may use.
+    devices: of a node, dealt out one to a worker."""
+
+    nodes: list[int] = field(default_factory=list)
+    workers: int = 1
+    threads: int = 1
+    devices: list[str] = field(default_factory=lambda: ["cpu"])
+
+    def __post_init__(self) -> None:
+        check_at_least("pools.*.workers", self.workers, 1)
+        check_at_least("pools.*.threads", self.threads, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """A stage of yours. run: `file.py:Class` or `package.module:Class` with `process(rows) -> columns`."""
+
+    run: str
+    reads: list[str] = field(default_factory=list)
+    optional: list[str] = field(default_factory=list)
+    writes: list[str] = field(default_factory=list)
+    unit: str = "row"
+    pool: str = "cpu"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_one_of("stages.*.unit", self.unit, ("row", "group"))
+        check_dotted("stages.*.run", self.run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueSettings:
+    """byte_limit_mb: of one shard; a full one makes producers wait. lease_s: after which an unacknowledged row is
+    delivered again."""
+
+    byte_limit_mb: int = 1024
+    lease_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        check_at_least("queue.byte_limit_mb", self.byte_limit_mb, 1)
+        check_positive("queue.lease_s", self.lease_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """interface: that nodes reach each other on; `lo` keeps all on one machine. trusted: says that the network is
+    closed, without which a run off loopback is refused, because torch RPC has no secret. (The queue has one of its own
+    there: node 0 makes it, and the nodes exchange it.)"""
+
+    interface: str = "lo"
+    trusted: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run leaves its files: `dir`/`name`. checkpoint_every: updates, 0 for none but the last. samples_every:
+    groups, two samples of which are written for people to read. session_dir: a directory on tmpfs for sockets and
+    weights, by default one of the user's in /dev/shm."""
+
+    name: str
+    dir: str = "runs"
+    checkpoint_every: int = 0
+    checkpoints_kept: int = 2
+    samples_every: int = 10
+    session_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least("run.checkpoint_every", self.checkpoint_every, 0)
+        check_at_least("run.samples_every", self.samples_every, 1)
+        check_at_least("run.checkpoints_kept", self.checkpoints_kept, 1)
+        if not self.name or "/" in self.name:
+            raise ValueError(f"run.name: {self.name!r}; must be a directory name")
