@@ -28,8 +28,21 @@ setup(
     extras_require={
         "tasks": ["reasoning-gym>=0.1.20"],
         "parquet": ["pyarrow>=15.0"],
+        "sweep": ["optuna>=4.0"],
+        "lora": ["peft>=0.18"],
         "sglang": ["sglang>=0.5.20"],
-        "dev": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.10", "psutil>=5.9"],
+        "dev": [
+            "pytest>=8.0",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "mypy>=1.10",
+            "psutil>=5.9",
+            "optuna>=4.0",
+            "peft>=0.18",
+        ],
     },
-    entry_points={"console_scripts": ["flowrl = flowrl.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["flowrl = flowrl.cli.main:main", "transfer-queue = transfer_queue.cli:main"],
+    },
 )

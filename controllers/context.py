@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from controllers.control import Callback, ControlChannel
+from controllers.eventlog import EventLog
 from controllers.messages import Announcement, Ready, Report, WorkerSpec
 
 _RENDEZVOUS_TIMEOUT_S = 60.0
@@ -19,8 +20,9 @@ _RENDEZVOUS_TIMEOUT_S = 60.0
 
 class WorkerContext:
     """name: of this process, `worker.node.index`. rank, world_size: among the processes of its kind. payload: given by
-    the application. session_dir: the node's directory on tmpfs. queue_endpoints: this node's shard first. stopping: set
-    when the worker is to end; every loop looks at it."""
+    the application. session_dir: the node's directory on tmpfs. life: which of the run's lives this is, 0 the first;
+    restore_from: the checkpoint that it goes on from, None if it begins anew. queue_endpoints: this node's shard first.
+    stopping: set when the worker is to end; every loop looks at it."""
 
     def __init__(self, spec: WorkerSpec, control: ControlChannel) -> None:
         self.name = spec.name
@@ -36,9 +38,12 @@ class WorkerContext:
         self.payload = spec.payload
         self.session_dir = Path(spec.session_dir)
         self.run_dir = Path(spec.run_dir)
+        self.life = spec.life
+        self.restore_from = self.run_dir / spec.restore_from if spec.restore_from else None
         self.queue_endpoints = list(spec.queue_endpoints)
         self.queue_secret = spec.queue_secret
         self.stopping = control.stopping
+        self._events_max_bytes = spec.events_max_bytes
         self._control = control
 
     def announce(self, topic: str, payload: dict[str, Any], everywhere: bool = True) -> None:
@@ -65,6 +70,10 @@ class WorkerContext:
     def waiting_for(self, what: str) -> AbstractContextManager[None]:
         """Heartbeats carry `what` while the block lasts, so that whoever gives up on this worker can say why."""
         return self._control.waiting_for(what)
+
+    def event_log(self) -> EventLog:
+        """The run's; to be closed by whoever asks."""
+        return EventLog(self.run_dir / "events.jsonl", self.node, self._events_max_bytes)
 
     def rendezvous(self, name: str) -> tuple[str, int]:
         """Host and port where rank 0 of this worker's kind can listen: the same for all who ask by this name.

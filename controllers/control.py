@@ -126,6 +126,11 @@ class ControlChannel:
         finally:
             del self._waits[token]
 
+    def waits(self) -> list[tuple[str, float]]:
+        """What this worker waits for now, each with the seconds so far. For a signal handler: takes no lock."""
+        now = time.monotonic()
+        return [(what, now - since) for what, since in list(self._waits.values())]
+
     def _run(self) -> None:
         context = zmq.Context()
         self._socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)

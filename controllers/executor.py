@@ -67,7 +67,7 @@ def _make_executor(stage: Stage, context: WorkerContext) -> Any:
 
 def _run_stage(context: WorkerContext, stage: Stage, executor: Any) -> None:
     max_rows = getattr(executor, "max_rows", _MAX_ROWS)
-    with QueueClient(context.queue_endpoints, secret=context.queue_secret) as queue:
+    with QueueClient(context.queue_endpoints, secret=context.queue_secret, name=context.name) as queue:
         while not context.stopping.is_set():
             with context.waiting_for(f"rows for stage {stage.name}"):
                 rows = queue.take(stage.name, max_rows=max_rows, wait_s=_WAIT_S).rows

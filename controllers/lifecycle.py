@@ -78,7 +78,8 @@ class Session:
         if free < self._needed_bytes:
             raise ValueError(
                 f"run.session_dir: {self._root} has {free / 2**20:.0f} MiB free, and the run needs "
-                f"{self._needed_bytes / 2**20:.0f} MiB; free some or name another directory"
+                f"{self._needed_bytes / 2**20:.0f} MiB; free some, name another directory, or keep less there "
+                "(queue.byte_limit_mb, weights.buffers)"
             )
 
 

@@ -97,12 +97,16 @@ class Links:
         self.peers.register("links/port", lambda _node, name: str(self._rendezvous.port(name.decode())).encode())
         self._roster = Roster(self.peers, self._card(plans))
         self.secret = ""
+        self.life = 0
+        self.restore_from = ""
 
     def open(self) -> None:
         """Waits for all nodes and compares them. Raises TimeoutError or RuntimeError, naming the node."""
         self.peers.start()
         self._cards = self._roster.gather(self._settings.start_s)
         self.secret = self._cards[0].secret
+        self.life = self._cards[0].life
+        self.restore_from = self._cards[0].restore_from
 
     def close(self) -> None:
         self.peers.close(is_orderly=self.is_everybody_gone and not self._has_lost)
@@ -177,6 +181,8 @@ class Links:
             address=self._settings.address,
             plan=f"{fingerprint(plans)}{self._settings.recipe}",
             versions=installed_versions() if self._topology.num_nodes > 1 else {},
+            life=self._settings.life,
+            restore_from=self._settings.restore_from,
             secret="" if self._topology.is_on_one_host else secrets.token_hex(32),
         )
 

@@ -16,8 +16,8 @@ FINISHED_TOPIC = "run/finished"
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """All that a worker process is told, as JSON through an inherited file descriptor.
 
-    identity: of this incarnation, on the control socket. parent: process id of the controller. queue_endpoints: this
-    node's shard first."""
+    identity: of this incarnation, on the control socket. parent: process id of the controller. life, restore_from: as
+    in ControllerSettings. queue_endpoints: this node's shard first."""
 
     name: str
     worker: str
@@ -36,8 +36,11 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     control_endpoint: str
     identity: str
     parent: int
+    life: int = 0
+    restore_from: str = ""
     queue_endpoints: tuple[str, ...] = ()
     queue_secret: str = ""
+    events_max_bytes: int = 1 << 30
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):

@@ -20,6 +20,7 @@ from typing import Any
 
 import zmq
 
+from controllers import stacks
 from controllers.clock import ClockService
 from controllers.graph import Graph
 from controllers.lifecycle import Session
@@ -63,7 +64,7 @@ from transfer_queue.errors import QueueError
 
 FINISHED_WORKER_TOPIC = "worker/finished"
 _FAREWELL_S = 10.0
-_PRODUCER_LOST_TIMEOUT_S = 5.0
+_GIVE_BACK_TIMEOUT_S = 5.0
 
 
 class Phase(enum.Enum):
@@ -128,6 +129,7 @@ class NodeController:
     def _open(self, stack: ExitStack) -> None:
         """Whatever is opened here is closed by the stack, in the opposite order."""
         settings = self._settings
+        stacks.show_on_signal(lambda: [f"controller of node {self._topology.node}: waits for the other nodes"])
         session = stack.enter_context(Session(settings.session_root, self._topology, settings.needed_bytes))
         self._session = session
         reaper = Reaper(session.path)
@@ -153,6 +155,8 @@ class NodeController:
         self._add_workers()
         for signum in (signal.SIGINT, signal.SIGTERM):
             stack.callback(signal.signal, signum, signal.signal(signum, self._on_signal))
+        stacks.show_on_signal(self._describe)
+        stack.callback(stacks.show_on_signal, lambda: ["closing"])
 
     def _add_workers(self) -> None:
         if self._settings.queue is not None:
@@ -189,6 +193,9 @@ class NodeController:
             parent=os.getpid(),
             queue_endpoints=self._links.queue_endpoints if plan is not self._shard else (),
             queue_secret=self._links.secret,
+            life=self._links.life,
+            restore_from=self._links.restore_from,
+            events_max_bytes=self._settings.events_max_bytes,
         )
 
     def _wait_and_handle(self) -> None:
@@ -306,18 +313,20 @@ class NodeController:
         elif name == self._shard.name and state is WorkerState.DONE:
             self._finish(1, f"{name}: the queue's shard has ended by itself")
         elif state in (WorkerState.DOWN, WorkerState.DONE):
-            self._give_back_reservations(name)
+            self._give_back(name)
             if state is WorkerState.DONE:
                 self._announce(Announcement(FINISHED_WORKER_TOPIC, {"worker": name}, name))
 
-    def _give_back_reservations(self, name: str) -> None:
-        """What the worker had reserved and will not deliver goes to others, before a successor reserves by its name."""
+    def _give_back(self, name: str) -> None:
+        """What the worker had reserved and will not deliver, or leased and will not acknowledge, goes to others at
+        once, before a successor works by its name."""
         if self._settings.queue is None:
             return
         endpoints, secret = self._links.queue_endpoints, self._links.secret
         try:
-            with QueueClient(endpoints, secret=secret, timeout_s=_PRODUCER_LOST_TIMEOUT_S) as queue:
+            with QueueClient(endpoints, secret=secret, timeout_s=_GIVE_BACK_TIMEOUT_S) as queue:
                 queue.producer_lost(name)
+                queue.consumer_lost(name)
         except QueueError as error:
             self._finish(1, f"the queue was not told of the end of {name}: {error}")
 
@@ -351,6 +360,13 @@ class NodeController:
 
     def _on_clock_failure(self, reason: str) -> None:
         self._mailbox.post(partial(self.on_lost_node, 0, reason))
+
+    def _describe(self) -> list[str]:
+        """For SIGUSR1: where this node stands; its workers are told to say the same in their logs."""
+        self._mailbox.post(self._supervisor.ask_for_stacks)
+        end = f", ending: {self._end.reason}" if self._end is not None else ""
+        own = f"controller of node {self._topology.node}: {self._phase.value}{end}; workers' stacks go to their logs in"
+        return [f"{own} {self._settings.run_dir / 'logs'}", *self._supervisor.describe()]
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
         self._mailbox.post(partial(self._interrupt, signum))

@@ -17,7 +17,8 @@ _PACKAGES = ("torch", "pyzmq", "msgspec", "numpy", "transformers")
 
 class Card(msgspec.Struct, frozen=True, kw_only=True):
     """What a node says of itself. plan: hash of recipe and placement. address: where its workers can be reached.
-    secret: of the queue's sockets; node 0's is everybody's."""
+    secret: of the queue's sockets; life, restore_from: as in ControllerSettings. Of these three node 0's are
+    everybody's."""
 
     node: int
     host: str
@@ -25,6 +26,8 @@ class Card(msgspec.Struct, frozen=True, kw_only=True):
     plan: str
     versions: dict[str, str]
     secret: str = ""
+    life: int = 0
+    restore_from: str = ""
 
 
 class Roster:

@@ -40,19 +40,23 @@ class QueueSettings:
     incarnation: int = 0
     byte_limit: int = 4 << 30
     lease_s: float = 120.0
-    late: Literal["wait", "drop"] = "wait"
+    late: str = "wait"
     max_attempts: int = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class ControllerSettings:
-    """run_dir: must exist. queue: None starts no shard. session_root: where session directories are made; needed_bytes:
-    free space wanted there. address, interface: of this node, where others reach it. is_trusted: says that only the
-    run's own nodes can reach these; several nodes off loopback need it, because torch RPC has no secret. recipe: a hash
-    that must agree on all nodes. start_s: for the nodes to find each other; peer_s: silence that makes a node dead."""
+    """run_dir: must exist. life: how often the run has been started before; restore_from: the checkpoint to go on from,
+    a path below run_dir, empty to begin anew (node 0's count for all nodes). queue: None starts no shard. session_root:
+    where session directories are made; needed_bytes: free space wanted there. address, interface: of this node, where
+    others reach it. is_trusted: says that only the run's own nodes can reach these; several nodes off loopback need it,
+    because torch RPC has no secret. recipe: a hash that must agree on all nodes. events_max_bytes: at which a segment
+    of the event log is closed. start_s: for the nodes to find each other; peer_s: silence that makes a node dead."""
 
     run_dir: Path
     queue: QueueSettings | None = None
+    life: int = 0
+    restore_from: str = ""
     session_root: Path = field(default_factory=default_root)
     needed_bytes: int = 0
     address: str = "127.0.0.1"
@@ -60,6 +64,7 @@ class ControllerSettings:
     is_trusted: bool = False
     recipe: str = ""
     limits: Limits = field(default_factory=Limits)
+    events_max_bytes: int = 1 << 30
     start_s: float = 120.0
     peer_s: float = 10.0
 

@@ -6,12 +6,12 @@ What a shard does is `transfer_queue`'s; what the application asks of it is in i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from controllers.context import WorkerContext
-from controllers.eventlog import EventLog
 from controllers.graph import Graph
 from controllers.placement import HOST_DEVICE, WorkerPlan
 from controllers.settings import QueueSettings, WorkerSettings
@@ -23,6 +23,8 @@ from transfer_queue.rows import RowKey
 from transfer_queue.server import QueueServer
 
 SHARD_WORKER = "queue"
+CURSORS_FILE = "cursors.json"
+"""In a checkpoint: by partition, a `transfer_queue.cursor.Cursor`."""
 
 
 def shard_plan(topology: Topology) -> WorkerPlan:
@@ -69,9 +71,22 @@ def consumer_of(stage: Stage) -> ConsumerSpec:
     )
 
 
+def cursors_at(checkpoint: Path | None) -> dict[str, Any]:
+    """Of the groups that are open at a checkpoint, as the application left them there."""
+    if checkpoint is None:
+        return {}
+    return msgspec.json.decode((checkpoint / CURSORS_FILE).read_bytes())
+
+
 def main(context: WorkerContext) -> None:
-    config = msgspec.convert({**context.payload["config"], "secret": context.queue_secret}, QueueConfig)
-    with EventLog(context.run_dir / "events.jsonl", context.node) as log:
+    given = {
+        "secret": context.queue_secret,
+        "segment_dir": str(context.session_dir / "segments"),
+        "life": context.life,
+        "cursors": cursors_at(context.restore_from),
+    }
+    config = msgspec.convert({**context.payload["config"], **given}, QueueConfig)
+    with context.event_log() as log:
 
         def write(kind: str, key: RowKey, fields: Mapping[str, Any]) -> None:
             log.write(kind, key, **fields)

@@ -176,6 +176,24 @@ class Supervisor:
                 member.restart_at = math.inf
                 self._change(member, WorkerState.DONE, "not running")
 
+    def describe(self) -> list[str]:
+        """A line a worker: its state, and what it waited for when last heard."""
+        now = time.monotonic()
+        lines = []
+        for member in self._members.values():
+            process = f", process {member.process.pid}" if member.process is not None else ""
+            last = member.heartbeat
+            doing = f"waits for {last.waiting_for}, for {last.since_s:.0f} s" if last.waiting_for else "at work"
+            heard = f", heard {now - member.heard_at:.1f} s ago: {doing}" if member.heard_at else ""
+            lines.append(f"{member.name}: {member.state.value}{process}{heard}")
+        return lines
+
+    def ask_for_stacks(self) -> None:
+        """Every living worker writes its stacks to its log."""
+        for member in self._members.values():
+            if member.process is not None:
+                member.process.signal(signal.SIGUSR1)
+
     def kill(self) -> None:
         """Everybody, now."""
         for member in self._members.values():

@@ -16,6 +16,7 @@ from types import FrameType
 
 import msgspec
 
+from controllers import stacks
 from controllers.context import WorkerContext
 from controllers.control import ControlChannel
 from controllers.dotted import load_attribute
@@ -27,10 +28,11 @@ _PR_SET_PDEATHSIG = 1
 def main(spec_fd: int, lifeline_fd: int) -> int:
     """Exit code: 0 if the target returned, 1 if it raised."""
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1)  # the supervisor asks a silent worker where it is
+    faulthandler.register(signal.SIGUSR1)  # the supervisor, or a person, asks where it is
     spec = _read_spec(spec_fd)
     _tie_to_parent(spec.parent, lifeline_fd)
     control = ControlChannel(spec.control_endpoint, spec.identity)
+    stacks.show_on_signal(lambda: _waiting_lines(control))
     _install_signals(control)
     control.start()
     try:
@@ -62,6 +64,10 @@ def _tie_to_parent(parent: int, lifeline_fd: int) -> None:
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=watch, name="lifeline", daemon=True).start()
+
+
+def _waiting_lines(control: ControlChannel) -> list[str]:
+    return [f"waits for {what}, for {since_s:.1f} s" for what, since_s in control.waits()] or ["waits for nothing"]
 
 
 def _install_signals(control: ControlChannel) -> None:

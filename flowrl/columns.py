@@ -25,7 +25,15 @@ COLUMNS = {
         ColumnSpec("rollout_logprobs", "float32", "response token", "log-prob at sampling, by the engine"),
         ColumnSpec("token_versions", "int32", "response token", "weights that sampled the token, by the engine"),
         ColumnSpec("finish_reason", "uint8", "row", "0 stop, 1 length, 2 abort"),
+        ColumnSpec("episode_reward", "float32", "row", "the episode's own score; only with reward.name=episode"),
         ColumnSpec("reward", "float32", "row", "score of the trajectory"),
+        ColumnSpec("is_untied", "uint8", "row", "1: its group's rewards differ; only with rollout.filter_tied"),
+        ColumnSpec(
+            "segment_proximal_logprobs",
+            "float32",
+            "response token",
+            "log-prob under the version after the one that sampled it; NaN where absent",
+        ),
         ColumnSpec("advantage", "float32", "row", "advantage, equal for all tokens of the row"),
     )
 }

@@ -11,7 +11,7 @@ import socket
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import msgspec
 
@@ -19,8 +19,11 @@ from controllers.graph import Graph
 from controllers.placement import Pool, WorkerPlan, plan
 from controllers.settings import EXECUTOR_TARGET, ControllerSettings, QueueSettings, WorkerSettings
 from controllers.stage import Kind, Stage, Unit
+from controllers.supervisor import Limits
 from flowrl.config import PoolConfig, Recipe, to_yaml
-from flowrl.weights.place import serving_bytes
+from flowrl.config.recipe import needs_segments, refuse_uneven_shares, takes_episode_reward
+from flowrl.record.lives import Life
+from flowrl.weights.place import Route, serving_bytes
 
 SIOCGIFADDR = 0x8915
 
@@ -46,6 +49,9 @@ TRAIN_COLUMNS = (
 )
 
 
+RELAY_STAGE = Stage(name="relay", run="flowrl.stages.relay:main", kind=Kind.DRIVER, pool="relay")
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """What one recipe comes to on `num_nodes` nodes."""
@@ -58,7 +64,13 @@ class Pipeline:
 def build(recipe: Recipe, num_nodes: int) -> Pipeline:
     """Raises ValueError for a graph or a placement that cannot be."""
     graph = Graph.of(stages(recipe))
-    return Pipeline(recipe, graph, plan(graph, pools(recipe), num_nodes))
+    workers = plan(graph, pools(recipe), num_nodes)
+    route = Route.of(workers)
+    if recipe.weights.transport == "shared_memory" and route.needs_relays:
+        graph = Graph.of([*stages(recipe), RELAY_STAGE])
+        workers = plan(graph, [*pools(recipe), Pool(name="relay", nodes=route.nodes)], num_nodes)
+    refuse_uneven_shares(recipe, sum(worker.worker == "rollout" for worker in workers))
+    return Pipeline(recipe, graph, workers)
 
 
 def stages(recipe: Recipe) -> list[Stage]:
@@ -86,22 +98,14 @@ def _default_stages(recipe: Recipe) -> list[Stage]:
             run="flowrl.stages.rollout:main",
             kind=Kind.DRIVER,
             unit=Unit.GROUP,
-            writes=ROLLOUT_COLUMNS,
+            writes=(*ROLLOUT_COLUMNS, *_episode_columns(recipe)),
             pool="rollout",
         ),
         Stage(
             name="reward",
             run="flowrl.stages.reward:Reward",
-            reads=("data_index", "response_tokens", "token_versions"),
+            reads=("data_index", "response_tokens", "response_mask", "token_versions", *_episode_columns(recipe)),
             writes=("reward",),
-            worker="stages",
-        ),
-        Stage(
-            name="advantage",
-            run="flowrl.stages.advantage:GroupAdvantage",
-            unit=Unit.GROUP,
-            reads=("reward",),
-            writes=("advantage",),
             worker="stages",
         ),
         Stage(
@@ -109,11 +113,45 @@ def _default_stages(recipe: Recipe) -> list[Stage]:
             run="flowrl.stages.train:main",
             kind=Kind.DRIVER,
             unit=Unit.BATCH,
-            reads=TRAIN_COLUMNS,
+            reads=_train_columns(recipe),
+            optional=("segment_proximal_logprobs",) if needs_segments(recipe) else (),
             pool="train",
             after=("warm_start",) if recipe.warm_start else (),
         ),
     ]
+    if not recipe.algorithm.estimates_in_trainer:
+        found.append(
+            Stage(
+                name="advantage",
+                run="flowrl.stages.advantage:GroupAdvantage",
+                unit=Unit.GROUP,
+                reads=_advantage_columns(recipe),
+                writes=("advantage",),
+                worker="stages",
+            )
+        )
+    if needs_segments(recipe):
+        found.append(
+            Stage(
+                name="proximal",
+                run="flowrl.stages.proximal:main",
+                kind=Kind.DRIVER,
+                reads=("prompt_tokens", "response_tokens", "response_mask", "rollout_logprobs", "token_versions"),
+                writes=("segment_proximal_logprobs",),
+                pool="proximal",
+            )
+        )
+    if recipe.rollout.filter_tied:
+        found.append(
+            Stage(
+                name="tied",
+                run="flowrl.stages.tied:TiedGroups",
+                unit=Unit.GROUP,
+                reads=("reward",),
+                writes=("is_untied",),
+                worker="stages",
+            )
+        )
     if recipe.warm_start is not None:
         found.append(
             Stage(
@@ -130,13 +168,35 @@ def _default_stages(recipe: Recipe) -> list[Stage]:
     return found
 
 
+def _episode_columns(recipe: Recipe) -> tuple[str, ...]:
+    return ("episode_reward",) if takes_episode_reward(recipe) else ()
+
+
+def _train_columns(recipe: Recipe) -> tuple[str, ...]:
+    if recipe.algorithm.estimates_in_trainer:
+        return tuple(name for name in TRAIN_COLUMNS if name != "advantage") + _filter_columns(recipe)
+    return TRAIN_COLUMNS
+
+
+def _advantage_columns(recipe: Recipe) -> tuple[str, ...]:
+    """Lengths, where the score or the baseline depends on them, come from the mask."""
+    needs_length = recipe.algorithm.overlong_buffer > 0 or recipe.algorithm.advantage == "opo"
+    return ("reward", *(("response_mask",) if needs_length else ()), *_filter_columns(recipe))
+
+
+def _filter_columns(recipe: Recipe) -> tuple[str, ...]:
+    """Read by whoever comes next, so that it waits for the filter; the values say nothing."""
+    return ("is_untied",) if recipe.rollout.filter_tied else ()
+
+
 def pools(recipe: Recipe) -> list[Pool]:
-    """The four that exist, evaluation on node 0 only, and what the recipe says of them or adds."""
+    """Those that exist, evaluation on node 0 only, and what the recipe says of them or adds."""
     given: dict[str, PoolConfig] = {
         "rollout": PoolConfig(),
         "train": PoolConfig(),
         "cpu": PoolConfig(),
         "eval": PoolConfig(nodes=[0]),
+        "proximal": PoolConfig(),
         **recipe.pools,
     }
     return [
@@ -155,18 +215,21 @@ def worker_settings(built: Pipeline, recipe_path: Path) -> dict[str, WorkerSetti
     """How each kind of worker is started, what it is given, and whether it comes back after a death: engines, stages
     and evaluation do; a rank of the trainer's world does not, because the world dies with it."""
     settings: dict[str, WorkerSettings] = {}
+    route = Route.of(built.workers)
     for worker, members in built.graph.workers().items():
-        payload: dict[str, Any] = {"recipe": str(recipe_path)}
+        payload: dict[str, Any] = {"recipe": str(recipe_path)} | route.payload()
         target = members[0].run
         if members[0].kind is Kind.MAPPED:
             target = EXECUTOR_TARGET
             payload["stages"] = [msgspec.to_builtins(stage) for stage in members]
+        if worker == RELAY_STAGE.name:
+            payload["address"] = interface_address(built.recipe.network.interface)
         restart: Literal["always", "never"] = "never" if worker == "train" else "always"
         settings[worker] = {"target": target, "payload": payload, "restart": restart}
     return settings
 
 
-def controller_settings(built: Pipeline, run_dir: Path) -> ControllerSettings:
+def controller_settings(built: Pipeline, run_dir: Path, life: Life) -> ControllerSettings:
     """Raises ValueError for an interface that this machine does not have."""
     recipe = built.recipe
     optional: dict[str, Any] = {}
@@ -174,27 +237,36 @@ def controller_settings(built: Pipeline, run_dir: Path) -> ControllerSettings:
         optional["session_root"] = Path(recipe.run.session_dir)
     return ControllerSettings(
         run_dir=run_dir,
+        life=life.number,
+        restore_from=life.restore_from,
+        limits=Limits(heartbeat_s=recipe.run.heartbeat_s),
         queue=QueueSettings(
             batch_rows=recipe.train.batch_groups * recipe.rollout.group_size,
             max_staleness=recipe.staleness.max,
-            late=cast(Literal["wait", "drop"], recipe.staleness.late),
+            version=life.step,
+            incarnation=life.number,
+            late=recipe.staleness.late,
             byte_limit=recipe.queue.byte_limit_mb << 20,
             lease_s=recipe.queue.lease_s,
         ),
-        needed_bytes=published_bytes(recipe),
+        needed_bytes=published_bytes(recipe, Route.of(built.workers)) + (recipe.queue.byte_limit_mb << 20),
         interface=recipe.network.interface,
         is_trusted=recipe.network.trusted,
         address=interface_address(recipe.network.interface),
         recipe=fingerprint(recipe),
+        events_max_bytes=recipe.run.events_max_mb << 20,
         **optional,
     )
 
 
-def published_bytes(recipe: Recipe) -> int:
-    """What the versions kept on the node's tmpfs take, one more being written and one pinned."""
+def published_bytes(recipe: Recipe, route: Route) -> int:
+    """What the versions kept on the node's tmpfs take, one more being written and one pinned. Where several nodes have
+    trainer ranks, each keeps its part of versions beside what its relay has put together."""
     if recipe.weights.transport == "disk":
         return 0
-    return (recipe.weights.buffers + 2) * serving_bytes(Path(recipe.model.path), recipe.model.dtype)
+    written = recipe.weights.buffers + 1 if len(route.trainer) > 1 else 0
+    num_versions = recipe.weights.buffers + 2 + written
+    return num_versions * serving_bytes(Path(recipe.model.path), recipe.model.dtype)
 
 
 def fingerprint(recipe: Recipe) -> str:

@@ -13,7 +13,7 @@ from transfer_queue.rows import RowKey
 
 
 def test_every_column_of_the_graph_is_in_the_table() -> None:
-    assert {*ROLLOUT_COLUMNS, *TRAIN_COLUMNS} == set(COLUMNS)
+    assert {*ROLLOUT_COLUMNS, *TRAIN_COLUMNS, "episode_reward"} == set(COLUMNS)
 
 
 def test_rollout_writes_the_types_that_the_table_says() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from transfer_queue import wire
+from collections.abc import Callable, Sequence
+
+from transfer_queue import frames, wire
 from transfer_queue.core import Columns, Core
 from transfer_queue.errors import DuplicateRow, RowRefused, WireError
+from transfer_queue.ledger import Arrival
 from transfer_queue.partitions import Partition
+from transfer_queue.spans import Span, ranges
 from transfer_queue.waiters import Waiter, patience
 
 MAX_ROW_BYTES = 1 << 40
@@ -23,8 +27,8 @@ class Admission:
     def reserve(self, peer: bytes, request: wire.Reserve, columns: Columns) -> None:
         """Parks the request; `try_reserve` does the rest."""
         self._core.ledger.partition(request.partition)
-        _check_range("group_size", request.group_size, 1, wire.MAX_ROWS)
-        _check_range("num_groups", request.num_groups, 1, wire.MAX_ROWS // request.group_size)
+        _check_range("group_size", request.group_size, 1, frames.MAX_ROWS)
+        _check_range("num_groups", request.num_groups, 1, frames.MAX_ROWS // request.group_size)
         _check_range("row_bytes", request.row_bytes, 0, MAX_ROW_BYTES)
         self._core.waiters.add(Waiter(peer, request, self._core.now + patience(request)))
 
@@ -83,31 +87,42 @@ class Admission:
             now=core.now,
         )
         for group in groups:
-            core.log("reserved", group.rows, producer=group.producer, version=version)
+            core.log("reserved", group, producer=group.producer, version=version)
         reservations = [
-            wire.Reservation(g.partition, g.number, g.attempt, len(g.rows), g.version, g.deadline) for g in groups
+            wire.Reservation(g.partition, g.number, g.attempt, g.size, g.version, g.deadline) for g in groups
         ]
         if not core.answer(waiter, wire.Reserved(request.id, reservations)):
             core.retired("lost", core.ledger.lose(groups, "undelivered"), producer=request.producer)
 
     def put(self, peer: bytes, request: wire.Put, columns: Columns) -> wire.Message:
-        if request.versions and len(request.versions) != len(request.keys):
-            raise WireError(f"versions: {len(request.versions)} for {len(request.keys)} rows")
+        num_rows = sum(map(len, request.spans))
+        if request.versions and len(request.versions) != num_rows:
+            raise WireError(f"versions: {len(request.versions)} for {num_rows} rows")
+        if request.placed is None:
+            return self._put(request, columns)
+        frames.check_put_bytes(frames.num_bytes(request.placed), self._core.config.max_message_bytes)
+        try:
+            return self._put(request, self._core.storage.open(request.placed, num_rows))
+        finally:
+            self._core.storage.end_put(request.placed)
+
+    def _put(self, request: wire.Put, columns: Columns) -> wire.Message:
         if not columns:
             raise WireError("columns: none; a put brings at least one")
         core = self._core
         names = list(columns)
         core.storage.check(columns)
-        plan = core.ledger.plan_put(request.keys, names, request.versions)
-        for position in plan.repeated:
-            if not core.storage.holds(request.keys[position], columns, position):
-                raise DuplicateRow(f"{request.keys[position]}: {names} are there already, with other contents")
+        plan = core.ledger.plan_put(request.spans, names, request.versions)
+        for same, start in _rows(plan, lambda arrival: arrival.repeated):
+            mine = {name: column.slice(start, start + len(same)) for name, column in columns.items()}
+            if not core.storage.holds(same, mine):
+                raise DuplicateRow(f"{same}: {names} are there already, with other contents")
+        core.storage.store(_rows(plan, lambda arrival: arrival.fresh), columns, request.placed)
         max_staleness = core.clock.max_staleness or 0
         moves = core.ledger.put(plan, names, request.versions, lambda version: version + max_staleness)
-        core.storage.store(request.keys, plan.fresh, columns)
         if moves:
             core.clock.shift(moves)
-        return wire.Done(request.id, len(plan.fresh) + len(plan.repeated))
+        return wire.Stored(request.id, _unwanted(plan), core.storage.recycled(request.placed))
 
     def producer_lost(self, peer: bytes, request: wire.ProducerLost, columns: Columns) -> wire.Message:
         core = self._core
@@ -118,6 +133,20 @@ class Admission:
         retired = core.ledger.producer_lost(request.producer)
         core.retired("lost", retired, producer=request.producer)
         return wire.Done(request.id, len(retired))
+
+
+def _rows(plan: Sequence[Arrival], bits_of: Callable[[Arrival], int]) -> list[tuple[Span, int]]:
+    """Some of the rows of a put, with their positions in it."""
+    return [
+        (Span(*arrival.span.identity, first, end), arrival.position + first - arrival.span.first)
+        for arrival in plan
+        for first, end in ranges(bits_of(arrival))
+    ]
+
+
+def _unwanted(plan: Sequence[Arrival]) -> list[int]:
+    rows = _rows(plan, lambda arrival: arrival.span.bits & ~(arrival.fresh | arrival.repeated))
+    return [start + offset for span, start in rows for offset in range(len(span))]
 
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:

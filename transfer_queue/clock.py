@@ -41,11 +41,28 @@ class Admit(ClockRequest, frozen=True):
 
 
 class Claim(ClockRequest, frozen=True):
-    """A prefix of the (deadline, rows) entries, for the update."""
+    """A prefix of the (deadline, rows) entries, at least one, for the update. may_drop: if the rule refuses them all,
+    every shard is told by what deadline unready rows are in their way (`ClockState.blocked`)."""
 
     update: int
     incarnation: int
     entries: list[tuple[int, int]]
+    may_drop: bool = False
+
+
+class CloseUpdate(ClockRequest, frozen=True):
+    """The update may end short. granted: whether it has ended."""
+
+    update: int
+    incarnation: int
+
+
+class Turn(ClockRequest, frozen=True):
+    """May this shard drop late rows? granted: 1 if so; it says `EndTurn` when it has, even if it dropped none."""
+
+
+class EndTurn(ClockRequest, frozen=True):
+    """Has no reply. Comes after the `Retire` of what was dropped."""
 
 
 class Shift(ClockRequest, frozen=True):
@@ -68,16 +85,18 @@ class Unclaim(ClockRequest, frozen=True):
 
 
 class ClockState(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """changes: `Accounts.changes`; it orders states and tells a refusal that has been overtaken."""
+    """changes: `Accounts.changes`; it orders states and tells a refusal that has been overtaken. blocked: unready rows
+    due by then keep ready ones waiting (`Accounts.blocked`), or NOT_BLOCKED."""
 
     version: int
     filled: int
     incarnation: int
     changes: int = 0
+    blocked: int = NOT_BLOCKED
 
 
 class ClockReply(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """granted: entries or groups. blocked: the first d at which the rule refused the next entry, or NOT_BLOCKED."""
+    """granted: entries, groups, or whether. blocked: as in ClockState; to a Turn, the deadline up to which to drop."""
 
     id: int
     granted: int
@@ -90,7 +109,7 @@ class ClockReply(msgspec.Struct, frozen=True, array_like=True, tag=True):
     blocked: int = NOT_BLOCKED
 
 
-AnyClockRequest = Hello | Admit | Claim | Shift | Retire | Unclaim
+AnyClockRequest = Hello | Admit | Claim | CloseUpdate | Shift | Retire | Turn | EndTurn | Unclaim
 _encoder = msgspec.msgpack.Encoder()
 _requests = msgspec.msgpack.Decoder(AnyClockRequest)
 _replies = msgspec.msgpack.Decoder(ClockReply | ClockState)
@@ -110,14 +129,24 @@ def decode_clock_request(frame: bytes) -> AnyClockRequest:
 def serve_clock_request(accounts: Accounts, request: AnyClockRequest) -> ClockReply | None:
     """Applies the request; None if it has no reply."""
     granted = 0
-    blocked = NOT_BLOCKED
+    turn: int | None = None
     match request:
         case Hello():
             pass
         case Admit():
             granted = accounts.admit_groups(request.deadline, request.rows, request.groups)
         case Claim():
-            granted, blocked = _claim(accounts, request)
+            granted = accounts.claim_prefix(request.update, request.incarnation, request.entries)
+            if request.may_drop and not granted and request.update == accounts.version:
+                accounts.note_refused(*request.entries[0])
+        case CloseUpdate():
+            granted = int(accounts.close(request.update, request.incarnation))
+        case Turn():
+            turn = accounts.give_turn()
+            granted = int(turn is not None)
+        case EndTurn():
+            accounts.end_turn()
+            return None
         case Shift():
             for old, new, rows in request.moves:
                 accounts.shift(old, new, rows)
@@ -132,20 +161,21 @@ def serve_clock_request(accounts: Accounts, request: AnyClockRequest) -> ClockRe
     state = clock_state(accounts)
     return ClockReply(
         request.id, granted, state.version, state.filled, state.incarnation, state.changes,
-        accounts.batch_rows, accounts.max_staleness, blocked,
+        accounts.batch_rows, accounts.max_staleness, state.blocked if turn is None else turn,
     )  # fmt: skip
 
 
-def _claim(accounts: Accounts, request: Claim) -> tuple[int, int]:
-    granted = accounts.claim_prefix(request.update, request.incarnation, request.entries)
-    if granted == len(request.entries) or request.update != accounts.version:
-        return granted, NOT_BLOCKED
-    blocked = accounts.blocked_at(*request.entries[granted])
-    return granted, NOT_BLOCKED if blocked is None else blocked
-
-
 def clock_state(accounts: Accounts) -> ClockState:
-    return ClockState(accounts.version, accounts.filled, accounts.incarnation, accounts.changes)
+    blocked = accounts.blocked
+    return ClockState(
+        accounts.version, accounts.filled, accounts.incarnation, accounts.changes,
+        NOT_BLOCKED if blocked is None else blocked,
+    )  # fmt: skip
+
+
+def turn_of(reply: ClockReply) -> int:
+    """What the reply to a Turn says: the deadline up to which to drop, or NOT_BLOCKED."""
+    return reply.blocked if reply.granted else NOT_BLOCKED
 
 
 class Clock(Protocol):
@@ -161,9 +191,17 @@ class Clock(Protocol):
 
     def admit(self, deadline: int, rows: int, groups: int, reply: Callable[[int], None]) -> None: ...
 
-    def claim(self, update: int, incarnation: int, entries: Entries, reply: Callable[[int, int], None]) -> None:
-        """reply(granted, blocked), as in ClockReply."""
+    def claim(
+        self, update: int, incarnation: int, entries: Entries, may_drop: bool, reply: Callable[[int], None]
+    ) -> None: ...
+
+    def close_update(self, update: int, incarnation: int, reply: Callable[[bool], None]) -> None: ...
+
+    def turn(self, reply: Callable[[int], None]) -> None:
+        """reply(the deadline up to which this shard may drop late rows, or NOT_BLOCKED); then `end_turn`."""
         ...
+
+    def end_turn(self) -> None: ...
 
     def shift(self, moves: Sequence[tuple[int, int, int]]) -> None: ...
 
@@ -194,9 +232,19 @@ class LocalClock:
     def admit(self, deadline: int, rows: int, groups: int, reply: Callable[[int], None]) -> None:
         reply(self._serve(Admit(0, deadline, rows, groups)).granted)
 
-    def claim(self, update: int, incarnation: int, entries: Entries, reply: Callable[[int, int], None]) -> None:
-        answer = self._serve(Claim(0, update, incarnation, list(entries)))
-        reply(answer.granted, answer.blocked)
+    def claim(
+        self, update: int, incarnation: int, entries: Entries, may_drop: bool, reply: Callable[[int], None]
+    ) -> None:
+        reply(self._serve(Claim(0, update, incarnation, list(entries), may_drop)).granted)
+
+    def close_update(self, update: int, incarnation: int, reply: Callable[[bool], None]) -> None:
+        reply(bool(self._serve(CloseUpdate(0, update, incarnation)).granted))
+
+    def turn(self, reply: Callable[[int], None]) -> None:
+        reply(turn_of(self._serve(Turn(0))))
+
+    def end_turn(self) -> None:
+        self._serve(EndTurn(0))
 
     def shift(self, moves: Sequence[tuple[int, int, int]]) -> None:
         self._serve(Shift(0, list(moves)))
@@ -229,20 +277,19 @@ def _nobody() -> None:
     """Nobody listens yet."""
 
 
-class RemoteClock:
-    """Accounts behind a socket. Used from the shard's thread only."""
+class DistantClock:
+    """Accounts somewhere else, without the way there: `send` takes a request, in order; `hear` gets what comes back."""
 
-    def __init__(self, endpoint: str, shard: str, context: zmq.Context | None = None) -> None:
+    socket: zmq.Socket | None = None
+
+    def __init__(self, shard: str, send: Callable[[AnyClockRequest], None]) -> None:
         self.batch_rows: int | None = None
         self.max_staleness: int | None = None
         self.on_change: Callable[[], None] = _nobody
         self._state = ClockState(0, 0, 0, -1)
         self._ids = itertools.count(1)
         self._waiting: dict[int, Callable[[ClockReply], None]] = {}
-        self.socket: zmq.Socket | None = (context or zmq.Context.instance()).socket(zmq.DEALER)
-        self.socket.setsockopt(zmq.ROUTING_ID, shard.encode())
-        self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.connect(endpoint)
+        self._send = send
         self._ask(Hello(next(self._ids), shard), self._greet)
 
     def snapshot(self) -> ClockState:
@@ -251,9 +298,21 @@ class RemoteClock:
     def admit(self, deadline: int, rows: int, groups: int, reply: Callable[[int], None]) -> None:
         self._ask(Admit(next(self._ids), deadline, rows, groups), lambda answer: reply(answer.granted))
 
-    def claim(self, update: int, incarnation: int, entries: Entries, reply: Callable[[int, int], None]) -> None:
-        request = Claim(next(self._ids), update, incarnation, list(entries))
-        self._ask(request, lambda answer: reply(answer.granted, answer.blocked))
+    def claim(
+        self, update: int, incarnation: int, entries: Entries, may_drop: bool, reply: Callable[[int], None]
+    ) -> None:
+        request = Claim(next(self._ids), update, incarnation, list(entries), may_drop)
+        self._ask(request, lambda answer: reply(answer.granted))
+
+    def close_update(self, update: int, incarnation: int, reply: Callable[[bool], None]) -> None:
+        request = CloseUpdate(next(self._ids), update, incarnation)
+        self._ask(request, lambda answer: reply(bool(answer.granted)))
+
+    def turn(self, reply: Callable[[int], None]) -> None:
+        self._ask(Turn(next(self._ids)), lambda answer: reply(turn_of(answer)))
+
+    def end_turn(self) -> None:
+        self._send(EndTurn(0))
 
     def shift(self, moves: Sequence[tuple[int, int, int]]) -> None:
         self._send(Shift(0, list(moves)))
@@ -264,25 +323,22 @@ class RemoteClock:
     def unclaim(self, incarnation: int, entries: Entries) -> None:
         self._send(Unclaim(0, incarnation, list(entries)))
 
+    def hear(self, message: ClockReply | ClockState) -> None:
+        self._advance(message)
+        if isinstance(message, ClockReply):
+            waiting = self._waiting.pop(message.id, None)
+            if waiting is not None:
+                waiting(message)
+
     def receive(self) -> None:
-        """Handles all that has arrived."""
-        assert self.socket is not None, "the clock has been closed"
-        while self.socket.poll(0):
-            message = _replies.decode(self.socket.recv())
-            self._advance(message)
-            if isinstance(message, ClockReply):
-                waiting = self._waiting.pop(message.id, None)
-                if waiting is not None:
-                    waiting(message)
+        """Nothing waits here."""
 
     def close(self) -> None:
-        if self.socket is not None:
-            self.socket.close()
-            self.socket = None
+        """There is nothing to let go of."""
 
     def _advance(self, message: ClockReply | ClockState) -> None:
         """States may overtake one another where requests are forwarded; the later one counts."""
-        new = ClockState(message.version, message.filled, message.incarnation, message.changes)
+        new = ClockState(message.version, message.filled, message.incarnation, message.changes, message.blocked)
         if new.changes < self._state.changes:
             return
         has_changed = new.changes > self._state.changes
@@ -299,6 +355,28 @@ class RemoteClock:
         self._waiting[request.id] = reply
         self._send(request)
 
-    def _send(self, request: AnyClockRequest) -> None:
+
+class RemoteClock(DistantClock):
+    """Accounts behind a socket. Used from the shard's thread only."""
+
+    def __init__(self, endpoint: str, shard: str, context: zmq.Context | None = None) -> None:
+        self.socket = (context or zmq.Context.instance()).socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.ROUTING_ID, shard.encode())
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.connect(endpoint)
+        super().__init__(shard, self._transmit)
+
+    def receive(self) -> None:
+        """Handles all that has arrived."""
+        assert self.socket is not None, "the clock has been closed"
+        while self.socket.poll(0):
+            self.hear(_replies.decode(self.socket.recv()))
+
+    def close(self) -> None:
+        if self.socket is not None:
+            self.socket.close()
+            self.socket = None
+
+    def _transmit(self, request: AnyClockRequest) -> None:
         assert self.socket is not None, "the clock has been closed"
         self.socket.send(encode_clock(request))

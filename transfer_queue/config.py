@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from transfer_queue.cursor import Cursor
+from transfer_queue.policies import late_policy, order_policy
 
 MAX_COLUMNS = 64
 HIGH_WATER_MARK = 1000
@@ -16,13 +19,16 @@ HIGH_WATER_MARK = 1000
 class ConsumerSpec:
     """A row is ready for the consumer when all `columns` are there. `optional` ones are delivered if any row of the
     batch has them (rows without have length 0) and never waited for. unit "group" takes whole groups only. A `training`
-    consumer always takes whole groups: an update is made of them."""
+    consumer always takes whole groups: an update is made of them. order: what is ready is taken by "deadline" (the
+    stalest first), "freshest" first, by "arrival", or as a function says, `package.module:function` (see
+    `policies.py`). The staleness bound holds in any order."""
 
     columns: tuple[str, ...]
     optional: tuple[str, ...] = ()
     partition: str = "train"
     unit: Literal["row", "group"] = "row"
     training: bool = False
+    order: str = "deadline"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", tuple(self.columns))
@@ -34,6 +40,7 @@ class ConsumerSpec:
         both = set(self.columns) & set(self.optional)
         if both:
             raise ValueError(f"optional: {sorted(both)} are among columns too; a column is waited for or it is not")
+        order_policy(self.order)
 
     @property
     def takes_groups(self) -> bool:
@@ -46,7 +53,11 @@ class QueueConfig:
     speak with this shard; needed off loopback. consumers: all there will ever be, because a row is kept until every
     one that reads its partition is done with it. A shard's groups are first_group + k·group_stride; the stride is the
     number of shards. late: "wait" refuses a training take that unready rows stand in the way of, "drop" drops those,
-    and `max_attempts` bounds how often a group is tried. lease_s: after that a taken row is given to somebody else."""
+    and a function of the user's, `package.module:function`, says which of them to drop (see `policies.py`);
+    `max_attempts` bounds how often a group is tried. lease_s: after that a taken row is given to somebody else.
+    life: how often this queue has been started before; cursors: by partition, what it left open then.
+    segment_dir: where rows lie, on tmpfs unless you say otherwise ("": a directory of yours in /dev/shm); it must have
+    room for byte_limit. What a dead shard has left there goes when the next one starts."""
 
     endpoint: str
     consumers: Mapping[str, ConsumerSpec]
@@ -55,9 +66,12 @@ class QueueConfig:
     byte_limit: int = 4 << 30
     max_message_bytes: int = 1 << 30
     lease_s: float = 600.0
-    late: Literal["wait", "drop"] = "wait"
+    late: str = "wait"
     max_attempts: int = 3
+    life: int = 0
+    cursors: Mapping[str, Cursor] = field(default_factory=dict)
     secret: str = ""
+    segment_dir: str = ""
 
     def __post_init__(self) -> None:
         if self.first_group < 0:
@@ -67,8 +81,7 @@ class QueueConfig:
                 raise ValueError(f"{name}: {getattr(self, name)}; must be at least 1")
         if self.lease_s <= 0:
             raise ValueError(f"lease_s: {self.lease_s}; must be positive")
-        if self.late not in ("wait", "drop"):
-            raise ValueError(f"late: {self.late!r}; must be 'wait' or 'drop'")
+        late_policy(self.late)
         self._check_consumers()
         check_endpoint(self.endpoint, self.secret)
 

@@ -8,13 +8,15 @@ from typing import Any
 from transfer_queue import wire
 from transfer_queue.clock import Clock
 from transfer_queue.config import QueueConfig
+from transfer_queue.cursor import ATTEMPTS_A_LIFE
 from transfer_queue.ledger import Ledger, Retired
 from transfer_queue.rows import Column, RowKey
 from transfer_queue.staleness import tally
-from transfer_queue.states import Row
+from transfer_queue.states import Group
 from transfer_queue.storage import Storage
 from transfer_queue.updates import Updates
 from transfer_queue.waiters import Waiter, Waiters
+from transfer_queue.writer import Space
 
 Columns = Mapping[str, Column]
 Send = Callable[[bytes, wire.Message, Columns], bool]
@@ -27,7 +29,7 @@ class Core:
     """changes: counts what makes a refused claim or reservation worth another try. room: the same for reservations
     alone: memory, announcements, groups to be reserved anew. now: seconds, as of the request in hand."""
 
-    def __init__(self, config: QueueConfig, clock: Clock, send: Send, events: Events | None) -> None:
+    def __init__(self, config: QueueConfig, clock: Clock, send: Send, events: Events | None, space: Space) -> None:
         self.config = config
         self.clock = clock
         self.send = send
@@ -38,9 +40,11 @@ class Core:
             byte_limit=config.byte_limit,
             lease_s=config.lease_s,
             max_attempts=config.max_attempts,
+            cursors=config.cursors,
+            first_attempt=config.life * ATTEMPTS_A_LIFE,
         )
         self.updates = Updates(self.ledger)
-        self.storage = Storage()
+        self.storage = Storage(space)
         self.waiters = Waiters()
         self.versions: dict[str, int] = {}
         self.changes = 0
@@ -77,7 +81,7 @@ class Core:
         if entries:
             self.clock.retire(entries)
         for group, _ in retired:
-            self.log(kind, group.rows, **fields)
+            self.log(kind, group, **fields)
         if retired:
             self.room += 1
 
@@ -95,11 +99,12 @@ class Core:
     def free(self) -> None:
         """Lets go of the bytes of rows that are done."""
         if self.ledger.freed:
-            self.storage.free(self.ledger.freed)
+            self.storage.free([(group.identity, bits) for group, bits in self.ledger.freed])
             self.ledger.freed.clear()
             self.room += 1
 
-    def log(self, kind: str, rows: Sequence[Row], **fields: Any) -> None:
+    def log(self, kind: str, group: Group, **fields: Any) -> None:
+        """An event for each row of the group."""
         if self._events is not None:
-            for row in rows:
-                self._events(kind, row.key, fields)
+            for key in group.keys(group.all):
+                self._events(kind, key, fields)

@@ -10,13 +10,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from operator import and_, or_
 from typing import Any, NamedTuple
 
 from transfer_queue.config import MAX_COLUMNS, ConsumerSpec
+from transfer_queue.cursor import Cursor
 from transfer_queue.errors import RowRefused
+from transfer_queue.lanes import Lane
 from transfer_queue.partitions import Partition
 from transfer_queue.rows import RowKey
-from transfer_queue.states import PENDING, Accepts, Group, Lane, Lease, Row, State
+from transfer_queue.sampling import Basket
+from transfer_queue.spans import Span, ranges
+from transfer_queue.states import PENDING, Group, Lease, Pick, State
+
+
+LEDGER_BYTES = 1 << 10
+"""About what a group takes in the ledger."""
 
 
 class Retired(NamedTuple):
@@ -26,13 +36,15 @@ class Retired(NamedTuple):
     rows: int
 
 
-class PutPlan(NamedTuple):
-    """Positions in a put: `fresh` rows get the columns, `repeated` ones have them, and must have them alike; all others
-    are gone and their contents are ignored."""
+class Arrival(NamedTuple):
+    """One span of a put. position: of its first row in the put. fresh rows get the columns, repeated ones have them,
+    and must have them alike; all others are gone and their contents are ignored. group: None if it is gone."""
 
-    rows: list[Row | None]
-    fresh: list[int]
-    repeated: list[int]
+    span: Span
+    position: int
+    group: Group | None
+    fresh: int
+    repeated: int
 
 
 class Ledger:
@@ -45,22 +57,26 @@ class Ledger:
         byte_limit: int = 4 << 30,
         lease_s: float = 600.0,
         max_attempts: int = 3,
+        cursors: Mapping[str, Cursor] | None = None,
+        first_attempt: int = 0,
     ) -> None:
         self.group_stride = group_stride
         self.byte_limit = byte_limit
         self.lease_s = lease_s
         self.max_attempts = max_attempts
         self.promised_bytes = 0
-        self.freed: list[RowKey] = []
+        self.puts = 0
+        self.freed: list[Pick] = []
         self.ended: Counter[str] = Counter()
-        self._bits: dict[str, int] = {}
+        self._columns: set[str] = set()
         self.partitions: dict[str, Partition] = {}
         self.lanes: dict[str, Lane] = {}
         for name, spec in consumers.items():
-            new = Partition(spec.partition, first_group, group_stride)
+            cursor = (cursors or {}).get(spec.partition)
+            new = Partition(spec.partition, first_group, group_stride, cursor, first_attempt)
             partition = self.partitions.setdefault(spec.partition, new)
             lane = Lane(name, spec, len(partition.lanes))
-            lane.need = self._mask(spec.columns)
+            self.check_columns((*spec.columns, *spec.optional))
             partition.lanes.append(lane)
             self.lanes[name] = lane
             if spec.training:
@@ -69,12 +85,14 @@ class Ledger:
     # Reserving: nothing -> RESERVED
 
     def groups_in_room(self, group_bytes: int, num_groups: int, stored_bytes: int) -> int:
-        """How many of the groups fit under the byte limit, beside what is promised, or what is there if that is
-        more."""
+        """How many of the groups fit under the byte limit, beside what is promised, or what is there if that is more.
+        What the ledger itself keeps of groups is held under that limit too, apart, so that rows that promise no bytes
+        cannot fill the memory."""
         if group_bytes > self.byte_limit:
             raise RowRefused(f"row_bytes: a group of {group_bytes} bytes; byte_limit is {self.byte_limit}")
         free = self.byte_limit - max(self.promised_bytes, stored_bytes)
-        return max(0, min(num_groups, free // max(1, group_bytes)))
+        live = sum(len(partition.groups) for partition in self.partitions.values())
+        return max(0, min(num_groups, free // max(1, group_bytes), self.byte_limit // LEDGER_BYTES - live))
 
     def check_group_size(self, partition: Partition, group_size: int, batch_rows: int, group_bytes: int) -> None:
         """Where there is a clock, an update is a whole number of equal groups; else its last one would never fit."""
@@ -102,13 +120,10 @@ class Ledger:
         groups = []
         for _ in range(num_groups):
             number, attempt = partition.next_number(group_size)
-            group = Group(partition.name, number, attempt, producer, version, deadline)
-            group.born_s = now
-            num_lanes = len(partition.lanes)
-            keys = (RowKey(partition.name, number, index, attempt) for index in range(group_size))
-            group.rows = [Row(key, group, num_lanes, row_bytes) for key in keys]
-            group.empty = group_size
-            group.waiting = [group_size] * num_lanes
+            group = Group(
+                partition.name, number, attempt, group_size, len(partition.lanes),
+                producer=producer, version=version, deadline=deadline, row_bytes=row_bytes, born_s=now,
+            )  # fmt: skip
             partition.groups[number] = group
             groups.append(group)
         self.promised_bytes += num_groups * group_size * row_bytes
@@ -116,107 +131,110 @@ class Ledger:
 
     # Putting: RESERVED -> READY
 
-    def plan_put(self, keys: Sequence[RowKey], columns: Sequence[str], versions: Sequence[int]) -> PutPlan:
+    def plan_put(self, spans: Sequence[Span], columns: Sequence[str], versions: Sequence[int]) -> list[Arrival]:
         """Sorts the rows and refuses what must be refused; changes nothing."""
-        mask = self._mask(columns)
-        rows: list[Row | None] = []
-        fresh: list[int] = []
-        repeated: list[int] = []
-        for position, key in enumerate(keys):
-            row = self.partition(key.partition).find(key)
-            rows.append(row)
-            if row is None:
-                continue
-            have = row.have & mask
-            if have == mask:
-                repeated.append(position)
-            elif have:
-                raise RowRefused(f"{key}: some of {list(columns)} are there already; a put adds columns, all or none")
-            else:
-                fresh.append(position)
-                if versions and versions[position] < row.group.version:
-                    raise RowRefused(f"versions: {key} has {versions[position]}, reserved at {row.group.version}")
-        if len({id(row) for row in rows if row is not None}) < len(fresh) + len(repeated):
-            raise RowRefused("keys: the same row twice in one put")
-        return PutPlan(rows, fresh, repeated)
+        self.check_columns(columns)
+        plan = []
+        seen: dict[tuple[str, int, int], int] = {}
+        position = 0
+        for span in spans:
+            group = self.partition(span.partition).find(span)
+            bits = span.bits & ~group.gone if group is not None else 0
+            have = [group.have.get(name, 0) & bits for name in columns] if group is not None else [0]
+            some, every = reduce(or_, have), reduce(and_, have)
+            if some != every:
+                raise RowRefused(f"{span}: some of {list(columns)} are there already; a put adds columns, all or none")
+            fresh = bits & ~some
+            if group is not None:
+                if seen.get(group.identity, 0) & span.bits:
+                    raise RowRefused("keys: the same row twice in one put")
+                seen[group.identity] = seen.get(group.identity, 0) | span.bits
+                _check_versions(group, span, fresh, versions[position : position + len(span)])
+            plan.append(Arrival(span, position, group, fresh, every))
+            position += len(span)
+        return plan
 
     def put(
-        self, plan: PutPlan, columns: Sequence[str], versions: Sequence[int], deadline_of: Callable[[int], int]
+        self,
+        plan: Sequence[Arrival],
+        columns: Sequence[str],
+        versions: Sequence[int],
+        deadline_of: Callable[[int], int],
     ) -> list[tuple[int, int, int]]:
         """Adds the columns to the fresh rows. Returns the (old, new, rows) by which deadlines moved."""
-        mask = self._mask(columns)
-        filled = []
-        touched: list[Row] = []
-        for position in plan.fresh:
-            row = plan.rows[position]
-            assert row is not None
-            touched.append(row)
-            if versions:
-                row.version = versions[position]
-            if not row.have:
-                row.group.empty -= 1
-                if not row.group.empty:
-                    filled.append(row.group)
-            row.have |= mask
-        moves = [move for group in filled if (move := self._settle_deadline(group, deadline_of)) is not None]
-        for row in touched:
-            self._offer(row)
+        self.puts += 1
+        moves = []
+        for span, position, group, fresh, _ in plan:
+            if group is None or not fresh:
+                continue
+            for first, end in ranges(fresh) if versions else ():
+                start = position + first - span.first
+                group.versions[first:end] = versions[start : start + end - first]
+            for name in columns:
+                group.have[name] = group.have.get(name, 0) | fresh
+            if fresh & ~group.filled:
+                group.filled |= fresh
+                if group.filled == group.all and (move := self._settle_deadline(group, deadline_of)) is not None:
+                    moves.append(move)
+        for _, _, group, fresh, _ in plan:
+            if group is not None and fresh:
+                self._offer(group)
         return moves
 
     def _settle_deadline(self, group: Group, deadline_of: Callable[[int], int]) -> tuple[int, int, int] | None:
         """All of its tokens are there, so the oldest is known."""
         if self.partitions[group.partition].training is None:
             return None
-        old, group.deadline = group.deadline, deadline_of(min(row.version for row in group.rows))
-        return (old, group.deadline, len(group.rows)) if group.deadline != old else None
+        old, group.deadline = group.deadline, deadline_of(min(group.versions))
+        return (old, group.deadline, group.size) if group.deadline != old else None
 
-    def _offer(self, row: Row) -> None:
-        """Makes the row ready for the consumers whose columns are complete now."""
-        for lane in self.partitions[row.key.partition].lanes:
-            at = lane.position
-            if row.states[at] is State.RESERVED and row.have & lane.need == lane.need:
-                row.become_ready(at)
-                self._queue(lane, row)
-
-    @staticmethod
-    def _queue(lane: Lane, row: Row) -> None:
-        if not lane.spec.takes_groups:
-            lane.push(row)
-            return
-        row.group.waiting[lane.position] -= 1
-        if not row.group.waiting[lane.position]:
-            lane.push(row.group)
+    def _offer(self, group: Group) -> None:
+        """Makes rows ready for the consumers whose columns are complete now."""
+        for lane in self.partitions[group.partition].lanes:
+            progress = group.progress[lane.position]
+            ready = group.complete(lane.spec.columns) & ~progress.begun & ~group.gone
+            if ready:
+                progress.become_ready(ready)
+                lane.push(group)
 
     # Ordinary leases: READY -> LEASED -> DONE, LEASED -> READY
 
-    def lease(self, lane: Lane, accepts: Accepts, now: float) -> list[Row]:
-        """Ready units, earliest deadline first, as long as they are accepted."""
-        rows = [row for _, unit in lane.pop(accepts) for row in unit]
-        if rows:
-            lease = Lease(rows)
-            for row in rows:
-                row.lend(lane.position, lease)
-                if lane.spec.takes_groups:
-                    row.group.waiting[lane.position] += 1
+    def lease(self, lane: Lane, basket: Basket[Group], now: float, holder: str = "") -> list[Pick]:
+        """Ready rows, in the consumer's order, as many as the basket takes."""
+        picks = lane.pop(basket)
+        if picks:
+            lease = Lease([group for group, _ in picks], holder)
+            for group, bits in picks:
+                group.progress[lane.position].lend(bits, lease)
             lane.add_lease(lease, now + self.lease_s)
-        return rows
+        return picks
 
     def lose_leases(self, now: float) -> int:
         """Rows whose lease has ended are ready again; how many."""
         lost = 0
         for lane in self.lanes.values():
             while (lease := lane.pop_ended(now)) is not None:
-                lost += self.return_rows(lane, lease.rows)
+                lost += self._end_lease(lane, lease)
         return lost
 
-    def return_rows(self, lane: Lane, rows: Sequence[Row]) -> int:
+    def lose_holder(self, holder: str) -> int:
+        """A client is gone: what it has leased is ready again; how many rows."""
+        return sum(self._end_lease(lane, lease) for lane in self.lanes.values() for lease in lane.take_back(holder))
+
+    def _end_lease(self, lane: Lane, lease: Lease) -> int:
+        held = [(group, group.progress[lane.position].lent.get(lease, 0)) for group in lease.groups]
+        return self.return_rows(lane, [(group, bits) for group, bits in held if bits])
+
+    def return_rows(self, lane: Lane, picks: Sequence[Pick]) -> int:
         """LEASED -> READY for those of the rows that are not done; how many."""
         returned = 0
-        for row in rows:
-            if row.states[lane.position] is State.LEASED:
-                row.lose_lease(lane.position)
-                self._queue(lane, row)
-                returned += 1
+        for group, bits in picks:
+            progress = group.progress[lane.position]
+            bits &= progress.leased & ~group.gone
+            if bits:
+                progress.lose_lease(bits)
+                lane.push(group)
+                returned += bits.bit_count()
         lane.redelivered += returned
         return returned
 
@@ -224,48 +242,62 @@ class Ledger:
         """When the next lease ends."""
         return min((end for lane in self.lanes.values() if (end := lane.next_end()) is not None), default=None)
 
-    def ack(self, lane: Lane, keys: Sequence[RowKey]) -> int:
+    def ack(self, lane: Lane, spans: Sequence[Span]) -> int:
         """Finishes leased rows, also those whose lease was lost meanwhile; how many were not finished before."""
         if lane.spec.training:
             raise RowRefused(f"consumer: {lane.name!r} is training; it commits")
-        rows = self.find(keys)
-        for row in rows:
-            if row.states[lane.position] is State.RESERVED:
-                raise RowRefused(f"keys: {row.key} was never ready for {lane.name!r}")
-        open_rows = [row for row in rows if row.states[lane.position] in (State.LEASED, State.READY)]
-        for row in open_rows:
-            if lane.spec.takes_groups and row.states[lane.position] is State.LEASED:
-                row.group.waiting[lane.position] -= 1
-            self.finish(lane, row)
-        return len(open_rows)
+        picks = self.find(spans)
+        for group, bits in picks:
+            never = bits & ~group.progress[lane.position].begun
+            if never:
+                raise RowRefused(f"keys: {next(group.keys(never))} was never ready for {lane.name!r}")
+        count = 0
+        for group, bits in picks:
+            open_bits = bits & ~group.progress[lane.position].done
+            self.finish(lane, group, open_bits)
+            count += open_bits.bit_count()
+        return count
 
-    def finish(self, lane: Lane, row: Row) -> None:
-        lane.done += 1
-        if row.finish(lane.position):
-            self._free(row)
-            self.partitions[row.group.partition].forget_if_finished(row.group)
+    def finish(self, lane: Lane, group: Group, bits: int) -> None:
+        lane.done += bits.bit_count()
+        ended = group.finish(lane.position, bits)
+        if ended:
+            self._free(group, ended)
+            self.partitions[group.partition].forget_if_finished(group)
+        if lane.spec.takes_groups and group.progress[lane.position].ready:
+            lane.push(group)
 
     # Ends: LOST, DROPPED
 
-    def drop(self, keys: Sequence[RowKey], reason: str) -> list[Retired]:
-        """The groups of these rows, whole: an update is made of whole ones. Those in an update stay."""
-        groups = {id(row.group): row.group for row in self.find(keys)}
-        return self.end(list(groups.values()), State.DROPPED, reason)
-
-    def drop_late(self, lane: Lane, deadline: int) -> list[Retired]:
-        """The unready group with the earliest deadline, if it is due by `deadline`: it keeps ready ones waiting. Its
-        prompt is tried again, up to `max_attempts` times."""
-        partition = self.partitions[lane.spec.partition]
-        unready = [group for group in partition.groups.values() if group.waiting[lane.position] and group.claim is None]
-        late = min(unready, key=lambda group: (group.deadline, group.number), default=None)
-        if late is None or late.deadline > deadline:
-            return []
-        retired = self.end([late], State.DROPPED, "late")
-        if late.attempt + 1 < self.max_attempts:
-            partition.reserve_anew(late)
-        else:
-            self.ended["attempts_exhausted"] += len(late.rows)
+    def drop(self, spans: Sequence[Span], reason: str, again: bool = False) -> list[Retired]:
+        """The groups of these rows, whole: an update is made of whole ones. Those in an update stay. again: their
+        prompts are tried again, up to `max_attempts` times."""
+        retired = self.end(self.groups_of(spans), State.DROPPED, reason)
+        if again:
+            self._try_again(retired)
         return retired
+
+    def blockers(self, lane: Lane, deadline: int) -> list[Group]:
+        """Unready groups that are due by then, earliest first. Walks the partition."""
+        groups = self.partitions[lane.spec.partition].groups.values()
+        at = lane.position
+        due = (group for group in groups if group.deadline <= deadline and group.claim is None)
+        late = [group for group in due if group.num_waiting(at)]
+        return sorted(late, key=lambda group: (group.deadline, group.number))
+
+    def drop_late(self, groups: Sequence[Group]) -> list[Retired]:
+        """They keep ready ones waiting. Their prompts are tried again, up to `max_attempts` times."""
+        retired = self.end(groups, State.DROPPED, "late")
+        self._try_again(retired)
+        return retired
+
+    def _try_again(self, retired: Sequence[Retired]) -> None:
+        for group, _ in retired:
+            partition = self.partitions[group.partition]
+            if group.attempt - partition.first_attempt + 1 < self.max_attempts:
+                partition.reserve_anew(group)
+            else:
+                self.ended["attempts_exhausted"] += group.size
 
     def producer_lost(self, producer: str) -> list[Retired]:
         """Its unfinished groups are LOST, whole, and reserved anew, earliest number first."""
@@ -273,7 +305,7 @@ class Ledger:
             group
             for partition in self.partitions.values()
             for group in partition.groups.values()
-            if group.producer == producer and group.empty
+            if group.producer == producer and group.filled != group.all
         ]
         return self.lose(sorted(unfinished, key=lambda group: group.number), "producer_lost")
 
@@ -296,19 +328,16 @@ class Ledger:
 
     def retire(self, group: Group, end: State, reason: str) -> Retired:
         partition = self.partitions[group.partition]
-        self.ended[reason] += len(group.rows)
-        for row in group.rows:
-            if row.pending:
-                row.leave(end)
-                self._free(row)
+        self.ended[reason] += group.size
+        self._free(group, group.leave())
         del partition.groups[group.number]
         is_outstanding = partition.training is not None and group.claim is None
-        return Retired(group, len(group.rows) if is_outstanding else 0)
+        return Retired(group, group.size if is_outstanding else 0)
 
-    def _free(self, row: Row) -> None:
-        self.promised_bytes -= row.num_bytes
-        if row.have:
-            self.freed.append(row.key)
+    def _free(self, group: Group, bits: int) -> None:
+        self.promised_bytes -= group.row_bytes * bits.bit_count()
+        if bits & group.filled:
+            self.freed.append((group, bits & group.filled))
 
     # Looking up
 
@@ -322,29 +351,35 @@ class Ledger:
             raise RowRefused(f"consumer: {consumer!r}; declared are {sorted(self.lanes)}")
         return self.lanes[consumer]
 
-    def find(self, keys: Sequence[RowKey]) -> list[Row]:
+    def find(self, spans: Sequence[Span]) -> list[Pick]:
         """Those of the rows that are not gone. Raises RowRefused for one that never was."""
-        rows = (self.partition(key.partition).find(key) for key in keys)
-        return [row for row in rows if row is not None]
+        found = ((self.partition(span.partition).find(span), span) for span in spans)
+        picks = [(group, span.bits & ~group.gone) for group, span in found if group is not None]
+        return [(group, bits) for group, bits in picks if bits]
 
-    def _mask(self, columns: Sequence[str]) -> int:
-        mask = 0
-        for name in columns:
-            if name not in self._bits:
-                if len(self._bits) >= MAX_COLUMNS:
-                    raise RowRefused(f"columns: {name!r}; at most {MAX_COLUMNS} names")
-                self._bits[name] = 1 << len(self._bits)
-            mask |= self._bits[name]
-        return mask
+    def groups_of(self, spans: Sequence[Span]) -> list[Group]:
+        """Each once."""
+        return list({group.identity: group for group, _ in self.find(spans)}.values())
+
+    def check_columns(self, names: Sequence[str]) -> None:
+        """Raises RowRefused for one too many."""
+        self._columns.update(names)
+        if len(self._columns) > MAX_COLUMNS:
+            self._columns.difference_update(names)
+            raise RowRefused(f"columns: {list(names)}; at most {MAX_COLUMNS} names")
 
     def describe(self, now: float) -> dict[str, Any]:
         """Counts by consumer and partition. Walks the live rows; consumes nothing."""
         partitions = {
             partition.name: {
                 "groups": len(partition.groups),
-                "rows_unfinished": sum(group.empty for group in partition.groups.values()),
-                "to_reserve_anew": len(partition.again),
+                "rows_unfinished": sum(group.size - group.filled.bit_count() for group in partition.groups.values()),
+                "to_reserve_anew": sum(map(len, partition.again.values())),
                 "next_group": partition.next_group,
+                "group_stride": partition.group_stride,
+                "group_size": partition.group_size,
+                "open": partition.open_groups(),
+                "outstanding": self._outstanding(partition),
                 "oldest_s": max((now - group.born_s for group in partition.groups.values()), default=0.0),
             }
             for partition in self.partitions.values()
@@ -357,13 +392,34 @@ class Ledger:
             "promised_bytes": self.promised_bytes,
         }
 
+    @staticmethod
+    def _outstanding(partition: Partition) -> dict[int, int]:
+        """Rows by deadline that the staleness accounts count for this shard: reserved or ready, in no update."""
+        rows: Counter[int] = Counter()
+        for group in partition.groups.values() if partition.training is not None else ():
+            if group.claim in (None, PENDING):
+                rows[group.deadline] += group.size
+        return dict(rows)
+
     def _describe_lane(self, lane: Lane) -> dict[str, int]:
-        groups = self.partitions[lane.spec.partition].groups.values()
-        states = Counter(row.states[lane.position] for group in groups for row in group.rows)
+        reserved = ready = leased = 0
+        for group in self.partitions[lane.spec.partition].groups.values():
+            progress = group.progress[lane.position]
+            reserved += group.size - progress.begun.bit_count()
+            ready += progress.ready.bit_count()
+            leased += progress.leased.bit_count()
         return {
-            "reserved": states[State.RESERVED],
-            "ready": states[State.READY],
-            "leased": states[State.LEASED],
+            "reserved": reserved,
+            "ready": ready,
+            "leased": leased,
             "done": lane.done,
             "redelivered": lane.redelivered,
         }
+
+
+def _check_versions(group: Group, span: Span, fresh: int, versions: Sequence[int]) -> None:
+    if versions and min(versions) < group.version:
+        for offset, version in enumerate(versions):
+            if version < group.version and fresh >> (span.first + offset) & 1:
+                key = RowKey(span.partition, span.group, span.first + offset, span.attempt)
+                raise RowRefused(f"versions: {key} has {version}, reserved at {group.version}")

@@ -2,54 +2,70 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 
+from transfer_queue.cursor import Cursor
 from transfer_queue.errors import RowRefused
-from transfer_queue.rows import RowKey
-from transfer_queue.states import Group, Lane, Row
+from transfer_queue.lanes import Lane
+from transfer_queue.spans import Span
+from transfer_queue.states import Group
 
 
 class Partition:
-    """groups: those with rows that somebody still needs. again: (group, attempt, size), to be reserved before new
+    """groups: those with rows that somebody still needs. again: (group, attempt) by size, to be reserved before new
     ones."""
 
-    def __init__(self, name: str, first_group: int, group_stride: int) -> None:
+    def __init__(
+        self, name: str, first_group: int, group_stride: int, cursor: Cursor | None = None, first_attempt: int = 0
+    ) -> None:
+        """cursor: of what an earlier life has left open, which is reserved anew before new groups."""
+        left, next_group = (cursor or Cursor()).open_groups(first_group, group_stride)
         self.name = name
+        self.first_attempt = first_attempt
         self.lanes: list[Lane] = []
         self.training: Lane | None = None
         self.group_size = 0
-        self.next_group = first_group
+        self.next_group = next_group
         self.groups: dict[int, Group] = {}
-        self.again: deque[tuple[int, int, int]] = deque()
+        size = cursor.group_size if cursor is not None else 0
+        self.again: defaultdict[int, deque[tuple[int, int]]] = defaultdict(deque)
+        self.again[size].extend((group, first_attempt) for group in left)
         self._first_group = first_group
         self._group_stride = group_stride
 
     def next_number(self, group_size: int) -> tuple[int, int]:
         """(group, attempt): the first of this size that is to be reserved anew, or else the next number."""
-        for position, (number, attempt, size) in enumerate(self.again):
-            if size == group_size:
-                del self.again[position]
-                return number, attempt
+        if self.again[group_size]:
+            return self.again[group_size].popleft()
         number = self.next_group
         self.next_group += self._group_stride
-        return number, 0
+        return number, self.first_attempt
+
+    def open_groups(self) -> list[int]:
+        """Those that are neither done nor given up, as far as training is concerned."""
+        at = self.training.position if self.training is not None else 0
+        live = (number for number, group in self.groups.items() if group.progress[at].done != group.all)
+        return sorted({*live, *(number for lost in self.again.values() for number, _ in lost)})
+
+    @property
+    def group_stride(self) -> int:
+        return self._group_stride
 
     def reserve_anew(self, group: Group) -> None:
-        self.again.append((group.number, group.attempt + 1, len(group.rows)))
+        self.again[group.size].append((group.number, group.attempt + 1))
 
-    def find(self, key: RowKey) -> Row | None:
-        """The row, or None if it is gone. Raises RowRefused for one that never was."""
-        group = self.groups.get(key.group)
-        if group is not None and group.attempt == key.attempt:
-            if not 0 <= key.index < len(group.rows):
-                raise RowRefused(f"keys: {key}; the group has {len(group.rows)} rows")
-            row = group.rows[key.index]
-            return row if row.pending else None
-        is_ours = key.group >= self._first_group and (key.group - self._first_group) % self._group_stride == 0
-        if not is_ours or key.group >= self.next_group or (group is not None and key.attempt > group.attempt):
-            raise RowRefused(f"keys: {key} was never reserved here")
+    def find(self, span: Span) -> Group | None:
+        """The group, or None if that attempt at it is gone. Raises RowRefused for rows that never were."""
+        group = self.groups.get(span.group)
+        if group is not None and group.attempt == span.attempt:
+            if not 0 <= span.first < span.end <= group.size:
+                raise RowRefused(f"keys: {span}; the group has {group.size} rows")
+            return group
+        is_ours = span.group >= self._first_group and (span.group - self._first_group) % self._group_stride == 0
+        if not is_ours or span.group >= self.next_group or (group is not None and span.attempt > group.attempt):
+            raise RowRefused(f"keys: {span} was never reserved here")
         return None
 
     def forget_if_finished(self, group: Group) -> None:
-        if not any(row.pending for row in group.rows):
+        if group.gone == group.all:
             del self.groups[group.number]

@@ -58,6 +58,7 @@ class Column:
 
     @classmethod
     def concatenate(cls, columns: Sequence[Column]) -> Column:
+        """A copy of all their rows."""
         values = np.concatenate([column.values for column in columns])
         offsets = np.zeros(sum(len(column) for column in columns) + 1, dtype=np.int64)
         np.cumsum(np.concatenate([np.diff(column.offsets) for column in columns]), out=offsets[1:])
@@ -77,6 +78,11 @@ class Column:
 
     def __iter__(self) -> Iterator[Array]:
         return (self[index] for index in range(len(self)))
+
+    def slice(self, first: int, end: int) -> Column:
+        """Rows first to end, as a view."""
+        offsets = self.offsets[first : end + 1]
+        return Column(self.values[offsets[0] : offsets[-1]], offsets - offsets[0] if offsets[0] else offsets)
 
     @property
     def lengths(self) -> Array:
@@ -123,8 +129,13 @@ class Rows:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Rows]) -> Rows:
-        """Joins batches of the same columns, in order."""
-        names = parts[0].columns
-        columns = {name: Column.concatenate([part[name] for part in parts]) for name in names}
+        """Joins batches, in order. Of an optional column that a part came without, its rows have length 0."""
+        dtypes = {name: column.values.dtype for part in parts for name, column in part.columns.items()}
+        columns = {
+            name: Column.concatenate(
+                [part[name] if name in part else Column.empty_rows(len(part), dtype) for part in parts]
+            )
+            for name, dtype in dtypes.items()
+        }
         keys = [key for part in parts for key in part.keys]
         return cls(keys, columns, [version for part in parts for version in part.versions])

@@ -6,15 +6,17 @@ import heapq
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
+from transfer_queue.spans import lowest, ranges
+
 T = TypeVar("T")
 
 
 class Basket(Generic[T]):
-    """Says of units (rows, or whole groups), in the order offered, whether they still fit into one take: at most
-    `max_rows` rows and, with a `cost`, at most `budget` of it. A first unit above the budget fits nevertheless, because
-    otherwise it would never be delivered."""
+    """Says of ready rows, in the order offered, how many still fit into one take: at most `max_rows` of them and, with
+    a `cost`, at most `budget` of it. What comes first fits nevertheless if it is above the budget, because otherwise it
+    would never be delivered."""
 
-    def __init__(self, max_rows: int, budget: int = 0, cost: Callable[[Sequence[T]], int] | None = None) -> None:
+    def __init__(self, max_rows: int, budget: int = 0, cost: Callable[[T, int], int] | None = None) -> None:
         if max_rows < 1:
             raise ValueError(f"max_rows: {max_rows}; must be at least 1")
         if cost is not None and budget < 1:
@@ -24,18 +26,35 @@ class Basket(Generic[T]):
         self._cost = cost
         self._is_empty = True
 
-    def accepts(self, unit: Sequence[T]) -> bool:
-        """True, and the unit is in; or False, and the take is complete."""
-        if len(unit) > self._room:
+    def fill(self, group: T, bits: int, is_whole: bool) -> int:
+        """The rows of the group that are in now, of those offered as bits; all or none if `is_whole`. If not all are,
+        the take is complete."""
+        if is_whole:
+            return bits if self._accepts(group, bits) else 0
+        if self._cost is None:
+            taken = bits if bits.bit_count() <= self._room else lowest(bits, self._room)
+            self._room -= taken.bit_count()
+            return taken
+        taken = 0
+        for first, end in ranges(bits):
+            for index in range(first, end):
+                if not self._accepts(group, 1 << index):
+                    return taken
+                taken |= 1 << index
+        return taken
+
+    def _accepts(self, group: T, bits: int) -> bool:
+        count = bits.bit_count()
+        if count > self._room:
             if self._is_empty:
-                raise ValueError(f"max_rows: {self._room}; a group of {len(unit)} rows is taken whole or not at all")
+                raise ValueError(f"max_rows: {self._room}; a group of {count} rows is taken whole or not at all")
             return False
         if self._cost is not None:
-            cost = self._cost(unit)
+            cost = self._cost(group, bits)
             if cost > self._budget and not self._is_empty:
                 return False
             self._budget -= cost
-        self._room -= len(unit)
+        self._room -= count
         self._is_empty = False
         return True
 

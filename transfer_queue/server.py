@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
 import zmq
@@ -19,8 +21,10 @@ from transfer_queue.clock import Clock
 from transfer_queue.config import HIGH_WATER_MARK, QueueConfig
 from transfer_queue.core import Events
 from transfer_queue.errors import WireError
+from transfer_queue.frames import pack, unpack
 from transfer_queue.rows import Column
 from transfer_queue.security import secure_server
+from transfer_queue.segments import SharedSpace, check_room, default_root, sweep
 from transfer_queue.shard import Shard, refusal
 
 MESSAGES_A_TURN = 64
@@ -37,12 +41,13 @@ class QueueServer:
     def __init__(
         self, config: QueueConfig, clock: Clock, events: Events | None = None, context: zmq.Context | None = None
     ) -> None:
+        self._space = _make_space(config)
         self._clock = clock
         self._max_bytes = config.max_message_bytes
         self._socket = _bind(config, context or zmq.Context.instance())
         self._stop_fd = os.eventfd(0)
         self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self.shard = Shard(config, clock, self._send, events)
+        self.shard = Shard(config, clock, self._send, events, self._space)
 
     def serve(self, stop: Readable | int | None = None) -> None:
         """Until `stop()` is called, from any thread, or the given file becomes readable (the end of a pipe does)."""
@@ -89,8 +94,8 @@ class QueueServer:
                 raise WireError(f"message above max_message_bytes, {self._max_bytes}")
             request = wire.decode_request(frames[0])
             columns: Mapping[str, Column] = {}
-            if isinstance(request, wire.Put):
-                columns = wire.unpack(request.columns, frames[1:], len(request.keys))
+            if isinstance(request, wire.Put) and request.placed is None:
+                columns = unpack(request.columns, frames[1:], sum(map(len, request.spans)))
         except WireError as error:
             number = wire.request_id(frames[0])
             _log.warning("refused a message: %s", error)
@@ -102,9 +107,10 @@ class QueueServer:
     def _send(self, peer: bytes, reply: wire.Message, columns: Mapping[str, Column]) -> bool:
         """False if the peer is gone, or reads so slowly that its high-water mark is reached."""
         frames: list[memoryview] = []
-        if isinstance(reply, wire.Delivered) and columns:
-            headers, frames = wire.pack(columns)
-            reply = wire.Delivered(reply.id, reply.keys, headers, reply.versions, reply.closed)
+        if columns:
+            assert isinstance(reply, wire.Delivered), "only a delivery brings columns"
+            headers, frames = pack(columns)
+            reply = wire.Delivered(reply.id, reply.spans, headers, reply.versions, reply.closed)
         try:
             self._socket.send_multipart([peer, wire.encode(reply), *frames], zmq.NOBLOCK, copy=False)
         except zmq.ZMQError as error:
@@ -118,6 +124,14 @@ class QueueServer:
         """Rounded up, so that what is due is due when the poll returns."""
         deadline = self.shard.next_deadline()
         return None if deadline is None else max(0, int((deadline - time.monotonic()) * 1000) + 1)
+
+
+def _make_space(config: QueueConfig) -> SharedSpace:
+    """A directory of this shard's own. What dead shards have left beside it goes."""
+    root = Path(config.segment_dir) if config.segment_dir else default_root()
+    sweep(root)
+    check_room(root, config.byte_limit)
+    return SharedSpace.make(root / f"{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def _bind(config: QueueConfig, context: zmq.Context) -> zmq.Socket:

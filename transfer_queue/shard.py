@@ -16,23 +16,33 @@ from transfer_queue.config import QueueConfig
 from transfer_queue.core import Columns, Core, Events, Send
 from transfer_queue.delivery import Delivery
 from transfer_queue.errors import QueueClosed, QueueError, RowRefused
+from transfer_queue.lateness import Lateness
+from transfer_queue.segments import PrivateSpace
 from transfer_queue.waiters import Waiter
+from transfer_queue.writer import Space
 
 
 class Shard:
-    def __init__(self, config: QueueConfig, clock: Clock, send: Send, events: Events | None = None) -> None:
-        self._core = core = Core(config, clock, send, events)
+    """space: where the rows lie; in this process's own memory unless told otherwise."""
+
+    def __init__(
+        self, config: QueueConfig, clock: Clock, send: Send, events: Events | None = None, space: Space | None = None
+    ) -> None:
+        self._core = core = Core(config, clock, send, events, space or PrivateSpace())
         self._admission = Admission(core)
         self._delivery = Delivery(core)
+        self._lateness = Lateness(core)
         self._handlers: dict[type[wire.Message], Callable[..., wire.Message | None]] = {
             wire.Locate: self._locate,
             wire.Announce: self._admission.announce,
             wire.Reserve: self._admission.reserve,
             wire.Put: self._admission.put,
             wire.ProducerLost: self._admission.producer_lost,
+            wire.ConsumerLost: self._delivery.consumer_lost,
             wire.Take: self._delivery.take,
             wire.Ack: self._delivery.ack,
             wire.Commit: self._delivery.commit,
+            wire.CloseUpdate: self._delivery.close_update,
             wire.Drop: self._delivery.drop,
             wire.Decline: self._delivery.decline,
             wire.Cancel: self._cancel,
@@ -60,6 +70,7 @@ class Shard:
         while is_moving:
             is_moving = False
             core.free()
+            self._lateness.follow()
             for waiter in core.waiters:
                 if not waiter.asking and waiter in core.waiters and waiter.seen != core.world_of(waiter):
                     is_moving = True
@@ -76,6 +87,7 @@ class Shard:
         """Tells all who wait that nothing will come."""
         for waiter in self._core.waiters:
             self._core.answer(waiter, refusal(waiter.request.id, QueueClosed("the shard is closing")))
+        self._core.storage.heap.close()
 
     def _try(self, waiter: Waiter) -> None:
         waiter.seen = self._core.world_of(waiter)
@@ -96,7 +108,10 @@ class Shard:
                 self._core.give_up(waiter)
 
     def _locate(self, peer: bytes, request: wire.Locate, columns: Columns) -> wire.Message:
-        return wire.Located(request.id, self._core.config.first_group, self._core.config.group_stride)
+        """To everyone who may write here, if they can, a number of their own."""
+        config, heap = self._core.config, self._core.storage.heap
+        where = (heap.space.path, heap.space.token, heap.add_writer()) if heap.space.path else ("", "", 0)
+        return wire.Located(request.id, config.first_group, config.group_stride, config.max_message_bytes, *where)
 
     def _introspect(self, peer: bytes, request: wire.Introspect, columns: Columns) -> wire.Message:
         return wire.Report(request.id, self.describe())
@@ -110,11 +125,20 @@ class Shard:
             for waiter in core.waiters
         ]
         return core.ledger.describe(core.now) | {
-            "clock": {"version": state.version, "filled": state.filled, "incarnation": state.incarnation},
+            "clock": {
+                "version": state.version,
+                "filled": state.filled,
+                "incarnation": state.incarnation,
+                "batch_rows": core.clock.batch_rows,
+                "max_staleness": core.clock.max_staleness,
+            },
+            "byte_limit": core.config.byte_limit,
             "producers": dict(core.versions),
             "waiters": waiters,
             "stored_rows": len(core.storage),
             "stored_bytes": core.storage.num_bytes,
+            "segments": len(core.storage.heap),
+            "segment_bytes": core.storage.heap.num_bytes,
         }
 
 

@@ -17,7 +17,11 @@ from collections.abc import Iterable, Sequence
 
 class Accounts:
     """`changes` counts the events after which something refused before may be granted: capacity came back, a deadline
-    moved, v advanced, an incarnation began. (A claim alone never helps anybody.)"""
+    moved, v advanced, an incarnation began. (A claim alone never helps anybody.) It also moves when those who may drop
+    what is late are to hear of a refusal.
+
+    refused: the (deadline, rows) entry that such a shard was refused, until something changes. Shards take turns at
+    dropping, because one group is enough: is_turn_given from `give_turn` to `end_turn`."""
 
     def __init__(self, batch_rows: int, max_staleness: int, version: int = 0, incarnation: int = 0) -> None:
         if batch_rows < 1:
@@ -32,6 +36,8 @@ class Accounts:
         self.outstanding: dict[int, int] = {}
         self.awaited_shards = 0
         self.changes = 0
+        self.refused: tuple[int, int] | None = None
+        self.is_turn_given = False
 
     def due_by(self, deadline: int) -> int:
         """O(d)."""
@@ -73,9 +79,7 @@ class Accounts:
         self.filled += rows
         assert self.filled <= self.batch_rows, f"update {self.version} holds {self.filled} of {self.batch_rows} rows"
         if self.filled == self.batch_rows:
-            self.version += 1
-            self.filled = 0
-            self.changes += 1
+            self._advance()
 
     def claim_prefix(self, update: int, incarnation: int, entries: Sequence[tuple[int, int]]) -> int:
         """Claims (deadline, rows) entries for `update` until one does not fit; how many."""
@@ -91,12 +95,52 @@ class Accounts:
         assert new >= old, f"a deadline moves later only: {old} -> {new}"
         self._remove(old, rows)
         self._add(new, rows)
-        self.changes += 1
+        self._change()
 
     def retire(self, deadline: int, rows: int) -> None:
         """Outstanding rows that will never be claimed: dropped, lost or expired."""
         self._remove(deadline, rows)
-        self.changes += 1
+        self._change()
+
+    def can_close(self) -> bool:
+        """Whether update v may end with the rows it has: there are some, and what is outstanding fits into the updates
+        after it, for every d >= v: O(d) <= (d - v)·B."""
+        fits = all(self.due_by(d) <= (d - self.version) * self.batch_rows for d in (self.version, *self.outstanding))
+        return self.filled > 0 and fits and not self.awaited_shards
+
+    def close(self, update: int, incarnation: int) -> bool:
+        """Ends the update short, as a run's last one may. True if it has ended."""
+        if incarnation != self.incarnation or update > self.version:
+            return False
+        if update == self.version and self.can_close():
+            self._advance()
+        return update < self.version
+
+    # What is late
+
+    def note_refused(self, deadline: int, rows: int) -> None:
+        """A shard that may drop what is late could not claim this entry."""
+        if self.refused is None and not self.is_turn_given and self.blocked_at(deadline, rows) is not None:
+            self.refused = (deadline, rows)
+            self.changes += 1
+
+    @property
+    def blocked(self) -> int | None:
+        """Unready rows due by then keep ready ones waiting, and it is nobody's turn yet to drop any."""
+        return None if self.refused is None or self.is_turn_given else self.blocked_at(*self.refused)
+
+    def give_turn(self) -> int | None:
+        """The shard that asks may drop rows due by the deadline returned, and must `end_turn`. None: it may not."""
+        blocked = self.blocked
+        self.is_turn_given = self.is_turn_given or blocked is not None
+        return blocked
+
+    def end_turn(self) -> None:
+        """What was dropped in the turn, if anything, has been retired."""
+        self.is_turn_given = False
+        self._change()
+
+    # Incarnations
 
     def begin(self, incarnation: int, version: int, num_shards: int) -> None:
         """A new trainer starts at `version`, its checkpoint's. What its predecessors claimed since is in no update, and
@@ -107,7 +151,8 @@ class Accounts:
         self.version = version
         self.filled = 0
         self.awaited_shards = num_shards
-        self.changes += 1
+        self.is_turn_given = False
+        self._change()
 
     def unclaim(self, incarnation: int, entries: Iterable[tuple[int, int]]) -> None:
         """All (deadline, rows) of one shard that this incarnation has undone: they are outstanding again."""
@@ -115,7 +160,16 @@ class Accounts:
             self._add(deadline, rows)
         if incarnation == self.incarnation and self.awaited_shards:
             self.awaited_shards -= 1
+        self._change()
+
+    def _advance(self) -> None:
+        self.version += 1
+        self.filled = 0
+        self._change()
+
+    def _change(self) -> None:
         self.changes += 1
+        self.refused = None
 
     def _has_room(self, d: int, rows: int) -> bool:
         return self.due_by(d) + self.filled + rows <= (d - self.version + 1) * self.batch_rows

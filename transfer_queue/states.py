@@ -1,18 +1,16 @@
-"""Rows, groups and lanes: what the ledger keeps in memory. One method for each arrow of the state machine.
+"""Groups and leases: what the ledger keeps in memory. One method for each arrow of the state machine.
 
-A *lane* is one consumer's view of its partition: what is ready for it, what it has leased. This file owns the arrows
-and the order of what is ready; `ledger.py` owns the rules that say when an arrow is taken.
+Rows of a group are bits of integers, so that what they do together costs as much as what one does. This file owns the
+arrows; `ledger.py` owns the rules that say when an arrow is taken.
 """
 
 from __future__ import annotations
 
 import enum
-import heapq
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
-from transfer_queue.config import ConsumerSpec
 from transfer_queue.rows import RowKey
+from transfer_queue.spans import Span, bits_between, ranges
 
 
 class State(enum.Enum):
@@ -35,155 +33,169 @@ class State(enum.Enum):
     EXPIRED = "expired"
 
 
-Accepts = Callable[[Sequence["Row"]], bool]
-"""Whether a unit still fits into a take."""
-
 GONE = (State.LOST, State.DROPPED, State.EXPIRED)
+PENDING = (-1, -1)
 
 
-class Row:
-    """have: bits of the columns that are there. states, leases: one entry a lane of its partition, by position."""
+class Progress:
+    """A group's rows as one consumer has them: bits of those READY, LEASED and DONE; all others are RESERVED. lent:
+    what each ordinary lease holds. is_queued: whether the consumer's lane has an entry for the group."""
 
-    __slots__ = ("group", "have", "key", "leases", "num_bytes", "pending", "states", "version")
+    __slots__ = ("done", "is_queued", "leased", "lent", "ready")
 
-    def __init__(self, key: RowKey, group: Group, num_lanes: int, num_bytes: int) -> None:
-        self.key = key
-        self.group = group
-        self.have = 0
-        self.version = group.version
-        self.states = [State.RESERVED] * num_lanes
-        self.leases: list[Lease | None] = [None] * num_lanes
-        self.pending = num_lanes
-        self.num_bytes = num_bytes
+    def __init__(self) -> None:
+        self.ready = 0
+        self.leased = 0
+        self.done = 0
+        self.lent: dict[Lease, int] = {}
+        self.is_queued = False
 
-    def become_ready(self, lane: int) -> None:
-        assert self.states[lane] is State.RESERVED, f"{self.key} is {self.states[lane]}"
-        self.states[lane] = State.READY
+    @property
+    def begun(self) -> int:
+        """Rows past RESERVED."""
+        return self.ready | self.leased | self.done
 
-    def lend(self, lane: int, lease: Lease | None) -> None:
+    def state_of(self, index: int) -> State:
+        bit = 1 << index
+        if self.ready & bit:
+            return State.READY
+        if self.leased & bit:
+            return State.LEASED
+        return State.DONE if self.done & bit else State.RESERVED
+
+    def become_ready(self, bits: int) -> None:
+        assert not bits & self.begun, f"{bits:b} of {self.begun:b} are past RESERVED"
+        self.ready |= bits
+
+    def lend(self, bits: int, lease: Lease | None) -> None:
         """Leases of training have no end and belong to the group (`Group.claim`)."""
-        assert self.states[lane] is State.READY, f"{self.key} is {self.states[lane]}"
-        self.states[lane] = State.LEASED
-        self.leases[lane] = lease
-
-    def lose_lease(self, lane: int) -> None:
-        assert self.states[lane] is State.LEASED, f"{self.key} is {self.states[lane]}"
-        self.states[lane] = State.READY
-
-    def finish(self, lane: int) -> bool:
-        """True if this was the last consumer."""
-        assert self.states[lane] in (State.LEASED, State.READY), f"{self.key} is {self.states[lane]}"
-        self.states[lane] = State.DONE
-        lease = self.leases[lane]
+        assert not bits & ~self.ready, f"{bits:b} are not all READY: {self.ready:b}"
+        self.ready ^= bits
+        self.leased |= bits
         if lease is not None:
-            lease.settle()
-        self.pending -= 1
-        return self.pending == 0
+            self.lent[lease] = bits
 
-    def leave(self, end: State) -> None:
-        """LOST, DROPPED or EXPIRED, for every consumer that is not done."""
-        assert end in GONE, f"{end} is not an end"
-        self.states = [state if state is State.DONE else end for state in self.states]
-        self.pending = 0
+    def lose_lease(self, bits: int) -> None:
+        assert not bits & ~self.leased, f"{bits:b} are not all LEASED: {self.leased:b}"
+        self.leased ^= bits
+        self.ready |= bits
+        self._settle(bits)
+
+    def finish(self, bits: int) -> None:
+        assert not bits & ~(self.ready | self.leased), f"{bits:b} are not all READY or LEASED"
+        self.ready &= ~bits
+        self.leased &= ~bits
+        self.done |= bits
+        self._settle(bits)
+
+    def _settle(self, bits: int) -> None:
+        for lease, held in list(self.lent.items()):
+            if held & bits:
+                left = held & ~bits
+                if left:
+                    self.lent[lease] = left
+                else:
+                    del self.lent[lease]
+                    lease.num_open -= 1
 
 
 class Group:
     """One prompt's rows. All of them count by the group's one deadline, that of its oldest token, because an update
     takes whole groups: with a deadline for each row, groups of mixed deadlines could block one another for good.
 
-    empty: rows without their first put. waiting: for each lane, rows neither ready nor done. claim: the (incarnation,
+    have: for each column, the rows that have it. filled: rows with any. gone: rows that no consumer needs any more.
+    versions: of each row's oldest token. progress: for each consumer, by its lane's position. claim: the (incarnation,
     update) that holds it, or PENDING while the clock is asked. doom: (end, reason) that befell it meanwhile."""
 
     __slots__ = (
-        "attempt", "born_s", "claim", "deadline", "doom", "empty", "number", "partition", "producer", "rows", "version",
-        "waiting",
+        "all", "attempt", "born_s", "claim", "deadline", "doom", "filled", "gone", "have", "number", "partition",
+        "producer", "progress", "row_bytes", "size", "version", "versions",
     )  # fmt: skip
 
-    def __init__(self, partition: str, number: int, attempt: int, producer: str, version: int, deadline: int) -> None:
+    def __init__(
+        self, partition: str, number: int, attempt: int, size: int, num_lanes: int, *, producer: str = "",
+        version: int = 0, deadline: int = 0, row_bytes: int = 0, born_s: float = 0.0,
+    ) -> None:  # fmt: skip
         self.partition = partition
         self.number = number
         self.attempt = attempt
+        self.size = size
+        self.all = (1 << size) - 1
         self.producer = producer
         self.version = version
         self.deadline = deadline
-        self.born_s = 0.0
-        self.rows: list[Row] = []
-        self.empty = 0
-        self.waiting: list[int] = []
+        self.row_bytes = row_bytes
+        self.born_s = born_s
+        self.have: dict[str, int] = {}
+        self.filled = 0
+        self.gone = 0
+        self.versions = [version] * size
+        self.progress = [Progress() for _ in range(num_lanes)]
         self.claim: tuple[int, int] | None = None
         self.doom: tuple[State, str] | None = None
 
+    @property
+    def identity(self) -> tuple[str, int, int]:
+        return (self.partition, self.number, self.attempt)
 
-PENDING = (-1, -1)
+    def num_waiting(self, lane: int) -> int:
+        """Rows neither ready nor done for this consumer."""
+        progress = self.progress[lane]
+        return self.size - (progress.ready | progress.done).bit_count()
+
+    def complete(self, columns: Sequence[str]) -> int:
+        """Rows that have all of these columns."""
+        bits = self.all
+        for name in columns:
+            bits &= self.have.get(name, 0)
+        return bits
+
+    def spans(self, bits: int) -> Iterator[Span]:
+        return (Span(self.partition, self.number, self.attempt, first, end) for first, end in ranges(bits))
+
+    def keys(self, bits: int) -> Iterator[RowKey]:
+        return (key for span in self.spans(bits) for key in span.keys)
+
+    def versions_of(self, bits: int) -> list[int]:
+        return [version for first, end in ranges(bits) for version in self.versions[first:end]]
+
+    def finish(self, lane: int, bits: int) -> int:
+        """For one consumer; the rows that no consumer needs any more now."""
+        self.progress[lane].finish(bits)
+        ended = bits & ~self.gone
+        for progress in self.progress:
+            ended &= progress.done
+        self.gone |= ended
+        return ended
+
+    def leave(self) -> int:
+        """LOST, DROPPED or EXPIRED: whole, whatever its rows' states. The rows that were still needed."""
+        ended = self.all & ~self.gone
+        self.gone = self.all
+        for progress in self.progress:
+            progress._settle(self.all)
+        return ended
 
 
 class Lease:
-    """Rows that one take of an ordinary consumer got. Lets go of them once all are done, long before it would end."""
+    """What one take of an ordinary consumer got, for the client `holder`. num_open: groups of which it still holds
+    rows; an old lease without any is forgotten long before it would end."""
 
-    __slots__ = ("open", "rows")
+    __slots__ = ("groups", "holder", "num_open")
 
-    def __init__(self, rows: list[Row]) -> None:
-        self.rows = rows
-        self.open = len(rows)
-
-    def settle(self) -> None:
-        self.open -= 1
-        if self.open == 0:
-            self.rows = []
+    def __init__(self, groups: list[Group], holder: str) -> None:
+        self.groups = groups
+        self.holder = holder
+        self.num_open = len(groups)
 
 
-class Lane:
-    """Ready units in the order (deadline, group, index), and the leases by when they end. Entries of rows that have
-    left the state meanwhile are skipped when they surface, so a take costs what it takes. pushes: how often one
-    came."""
+Pick = tuple[Group, int]
+"""Rows of a group, as bits."""
 
-    def __init__(self, name: str, spec: ConsumerSpec, position: int) -> None:
-        self.name = name
-        self.spec = spec
-        self.position = position
-        self.need = 0
-        self.pushes = 0
-        self.redelivered = 0
-        self.done = 0
-        self._ready: list[tuple[int, int, int, int, Row | Group]] = []
-        self._leases: list[tuple[float, int, Lease]] = []
-        self._num_leases = itertools.count()
 
-    def push(self, unit: Row | Group) -> None:
-        self.push_back(unit)
-        self.pushes += 1
+def picked(group: Group, span: Span) -> Pick:
+    return group, bits_between(span.first, span.end)
 
-    def push_back(self, unit: Row | Group) -> None:
-        """Of one that was popped and refused by the clock: nothing new for those who wait."""
-        group, index = (unit, -1) if isinstance(unit, Group) else (unit.group, unit.key.index)
-        heapq.heappush(self._ready, (group.deadline, group.number, index, group.attempt, unit))
 
-    def pop(self, accepts: Accepts) -> list[tuple[Row | Group, list[Row]]]:
-        """Units with the rows of theirs that are ready, earliest deadline first, as long as they are accepted."""
-        units = []
-        while self._ready:
-            unit = self._ready[0][-1]
-            rows = [row for row in self.rows_of(unit) if row.states[self.position] is State.READY]
-            if rows and not accepts(rows):
-                break
-            heapq.heappop(self._ready)
-            if rows:
-                units.append((unit, rows))
-        return units
-
-    @staticmethod
-    def rows_of(unit: Row | Group) -> list[Row]:
-        return unit.rows if isinstance(unit, Group) else [unit]
-
-    def add_lease(self, lease: Lease, ends_s: float) -> None:
-        heapq.heappush(self._leases, (ends_s, next(self._num_leases), lease))
-
-    def next_end(self) -> float | None:
-        """When the earliest lease ends that still has rows."""
-        while self._leases and not self._leases[0][-1].rows:
-            heapq.heappop(self._leases)
-        return self._leases[0][0] if self._leases else None
-
-    def pop_ended(self, now: float) -> Lease | None:
-        ends_s = self.next_end()
-        return heapq.heappop(self._leases)[-1] if ends_s is not None and ends_s <= now else None
+def num_rows(picks: Sequence[Pick]) -> int:
+    return sum(bits.bit_count() for _, bits in picks)

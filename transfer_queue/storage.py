@@ -1,131 +1,341 @@
-"""Where payload lies: in this process's memory, one block a column and put, freed when the last of its rows is done.
+"""Where payload lies: which segment, which put, which place in it; and when its memory can be used again.
 
-Owns bytes and nothing else: which rows are live, ready or done is the ledger's business. The shard uses the methods
-of `Storage` and nothing behind them, so payload can move elsewhere.
+A *parcel* is the columns of one put. Its bytes count against the limit until the last of its rows is done, or until it
+is mostly finished: then what is left moves, so that a slow row does not hold on to its batch. Which rows are live,
+ready or done is the ledger's business; what lies in a segment, `writer.py`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from transfer_queue.errors import RowRefused
-from transfer_queue.rows import Column, RowKey
+from transfer_queue import frames, wire
+from transfer_queue.errors import QueueError, RowRefused
+from transfer_queue.heap import Heap, Held
+from transfer_queue.rows import Column
+from transfer_queue.spans import Span, ranges
+from transfer_queue.writer import SegmentWriter, Space, view
+
+COMPACT_BELOW = 0.5
+"""Of a parcel's bytes: with less than that live, its rows move."""
+SHARD_WRITER = 0
+
+GroupId = tuple[str, int, int]
 
 
 class Parcel:
-    """The columns of one put. live: rows that are not freed."""
+    """columns, where they lie. starts: bytes before each row, and in all. pieces: which rows of which groups it
+    holds."""
 
-    __slots__ = ("columns", "live", "num_bytes")
+    __slots__ = ("columns", "held", "live_bytes", "num_live", "pieces", "places", "starts")
 
-    def __init__(self, columns: Mapping[str, Column], live: int) -> None:
+    def __init__(self, held: Held, places: Sequence[wire.ColumnPlace], columns: Mapping[str, Column]) -> None:
+        self.held = held
+        self.places = {place.name: place for place in places}
         self.columns = dict(columns)
-        self.live = live
-        self.num_bytes = sum(column.nbytes + column.offsets.nbytes for column in columns.values())
+        self.starts: list[int] = np.sum(
+            [column.offsets * column.values.itemsize for column in columns.values()], axis=0
+        ).tolist()
+        self.pieces: list[tuple[GroupId, Piece]] = []
+        self.live_bytes = 0
+        self.num_live = 0
+
+    @property
+    def num_bytes(self) -> int:
+        return self.starts[-1]
+
+    def bytes_between(self, first: int, end: int) -> int:
+        return self.starts[end] - self.starts[first]
+
+    def placed(self, names: Sequence[str]) -> wire.Placed:
+        segment, num_rows = self.held.segment, len(self.starts) - 1
+        return wire.Placed(segment.name, segment.generation, num_rows, [self.places[name] for name in names])
 
 
-Place = tuple[Parcel, int]
+class Piece(NamedTuple):
+    """Rows `first` to `end` of a group lie in the parcel from `position` on."""
+
+    parcel: Parcel
+    first: int
+    end: int
+    position: int
+
+
+class Shelf:
+    """What there is of one group. live: the rows that are not freed, as bits."""
+
+    __slots__ = ("live", "pieces")
+
+    def __init__(self) -> None:
+        self.live = 0
+        self.pieces: list[Piece] = []
+
+
+class Run(NamedTuple):
+    """Rows of a parcel; no parcel for rows without the column."""
+
+    parcel: Parcel | None
+    first: int
+    end: int
+
+
+class Whereabouts(NamedTuple):
+    columns: list[wire.ColumnHeader]
+    placed: list[wire.Placed]
+    layouts: list[wire.Layout]
 
 
 class Storage:
-    def __init__(self) -> None:
+    def __init__(self, space: Space) -> None:
         self.num_bytes = 0
-        self._places: dict[RowKey, list[Place]] = {}
+        self.compacted_bytes = 0
+        self.heap = Heap(space)
+        self._writer = SegmentWriter(self.heap.space, SHARD_WRITER)
+        self._shelves: dict[GroupId, Shelf] = {}
         self._dtypes: dict[str, np.dtype] = {}
 
     def __len__(self) -> int:
-        return len(self._places)
+        """Rows of which something is there."""
+        return sum(shelf.live.bit_count() for shelf in self._shelves.values())
+
+    # Putting
+
+    def open(self, placed: wire.Placed, num_rows: int) -> dict[str, Column]:
+        """The columns that a producer on this node has written. Raises WireError or RowRefused."""
+        return view(self.heap.see_put(placed.segment).segment, placed.columns, num_rows)
+
+    def end_put(self, placed: wire.Placed) -> None:
+        """After `open`, whatever became of it."""
+        if placed.segment in self.heap:
+            self.heap.settle(self.heap.held(placed.segment))
+
+    def recycled(self, placed: wire.Placed | None) -> list[wire.Recycled]:
+        """News for who wrote this put, if it was a producer on this node."""
+        return self.heap.recycled(self.heap.held(placed.segment).segment.writer) if placed is not None else []
 
     def check(self, columns: Mapping[str, Column]) -> None:
         """A column has one dtype, that of its first put."""
         for name, column in columns.items():
+            frames.travelling(name, column.values.dtype)
             known = self._dtypes.get(name)
             if known is not None and known != column.values.dtype:
                 raise RowRefused(f"columns: {name!r} is {column.values.dtype}; it came as {known} before")
 
-    def store(self, keys: Sequence[RowKey], positions: Sequence[int], columns: Mapping[str, Column]) -> None:
-        """Keeps the rows at these positions of the put."""
-        if not positions:
+    def store(
+        self, rows: Sequence[tuple[Span, int]], columns: Mapping[str, Column], placed: wire.Placed | None = None
+    ) -> None:
+        """Keeps these rows, of which the first has that position in the columns: where the producer has written them,
+        or by writing them. Raises QueueError where there is no room."""
+        if not rows:
             return
-        parcel = Parcel(columns, len(positions))
-        self.num_bytes += parcel.num_bytes
-        for name, column in columns.items():
-            self._dtypes.setdefault(name, column.values.dtype)
-        places = self._places
-        for position in positions:
-            places.setdefault(keys[position], []).append((parcel, position))
+        if placed is not None:
+            parcel = Parcel(self.heap.held(placed.segment), placed.columns, columns)
+        else:
+            num_rows = sum(len(span) for span, _ in rows)
+            if num_rows < len(next(iter(columns.values()))):
+                columns = {name: _select(column, rows) for name, column in columns.items()}
+                rows = _closed_up(rows)
+            parcel = self._write(columns)
+        self._settle(parcel, rows)
 
-    def holds(self, key: RowKey, columns: Mapping[str, Column], position: int) -> bool:
-        """Whether the row has exactly these contents."""
+    def _write(self, columns: Mapping[str, Column]) -> Parcel:
+        segment, places = self._writer.write(columns)
+        held = self.heap.keep(segment)
+        held.puts += 1
+        return Parcel(held, places, view(segment, places, len(next(iter(columns.values())))))
+
+    def _settle(self, parcel: Parcel, rows: Sequence[tuple[Span, int]]) -> None:
+        for name, column in parcel.columns.items():
+            self._dtypes.setdefault(name, column.values.dtype)
+        for span, position in rows:
+            shelf = self._shelves.get(span.identity)
+            if shelf is None:
+                shelf = self._shelves[span.identity] = Shelf()
+            piece = Piece(parcel, span.first, span.end, position)
+            shelf.pieces.append(piece)
+            shelf.live |= span.bits
+            parcel.pieces.append((span.identity, piece))
+            parcel.num_live += len(span)
+            parcel.live_bytes += parcel.bytes_between(position, position + len(span))
+        parcel.held.num_parcels += 1
+        self.num_bytes += parcel.num_bytes
+
+    # Reading
+
+    def holds(self, span: Span, columns: Mapping[str, Column]) -> bool:
+        """Whether the rows have exactly these contents."""
         for name, column in columns.items():
-            place = self._place(key, name)
-            if place is None or place[0].columns[name][place[1]].tobytes() != column[position].tobytes():
+            runs = self._runs([span], name)
+            if any(run.parcel is None for run in runs) or name not in self._dtypes:
+                return False
+            mine = Column.concatenate([_part(run, name, self._dtypes[name]) for run in runs])
+            if not (np.array_equal(mine.offsets, column.offsets) and mine.values.tobytes() == column.values.tobytes()):
                 return False
         return True
 
-    def gather(self, keys: Sequence[RowKey], names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Column]:
-        """The columns of these rows, in their order. Runs of neighbours in one block are copied as one; a batch that is
-        one run is not copied at all. Optional columns that no row has are left out."""
-        columns = {}
-        runs: list[tuple[Parcel, int, int]] | None = None
-        of: Parcel | None = None
-        for name in (*names, *optional):
-            if runs is None or of is None or name not in of.columns or any(name not in run[0].columns for run in runs):
-                runs = self._runs(keys, name)
-                of = runs[0][0] if runs else None
-            if name in self._dtypes and (name in names or any(run[0] is not _NOWHERE for run in runs)):
-                columns[name] = _join(runs, name, self._dtypes[name])
-        return columns
+    def gather(self, spans: Sequence[Span], names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Column]:
+        """A copy of the columns of these rows, in their order. Runs of neighbours are copied as one. Optional columns
+        that no row has are left out."""
+        return {
+            name: Column.concatenate([_part(run, name, self._dtypes[name]) for run in runs])
+            for group, runs in self._layouts(spans, names, optional)
+            for name in group
+        }
 
-    def length_of(self, keys: Sequence[RowKey], name: str) -> int:
+    def locate(self, spans: Sequence[Span], names: Sequence[str], optional: Sequence[str] = ()) -> Whereabouts:
+        """Where these rows lie, for a reader on this node."""
+        found = Whereabouts([], [], [])
+        for group, runs in self._layouts(spans, names, optional):
+            indices: dict[int, int] = {}
+            table = []
+            for run in runs:
+                index = -1
+                if run.parcel is not None:
+                    if id(run.parcel) not in indices:
+                        indices[id(run.parcel)] = len(found.placed)
+                        found.placed.append(run.parcel.placed(group))
+                    index = indices[id(run.parcel)]
+                table.append((index, run.first, run.end))
+            found.columns.extend(wire.ColumnHeader(name, self._dtypes[name].name, False) for name in group)
+            found.layouts.append(wire.Layout(group, np.array(table, frames.RUN).tobytes()))
+        return found
+
+    def length_of(self, spans: Sequence[Span], name: str) -> int:
         """Sum of the rows' lengths in this column."""
         total = 0
-        for key in keys:
-            place = self._place(key, name)
-            if place is not None:
-                offsets = place[0].columns[name].offsets
-                total += int(offsets[place[1] + 1] - offsets[place[1]])
+        for parcel, first, end in self._runs(spans, name):
+            if parcel is not None:
+                offsets = parcel.columns[name].offsets
+                total += int(offsets[end] - offsets[first])
         return total
 
-    def free(self, keys: Sequence[RowKey]) -> None:
-        for key in keys:
-            for parcel, _ in self._places.pop(key, ()):
-                parcel.live -= 1
-                if not parcel.live:
-                    self.num_bytes -= parcel.num_bytes
-
-    def _place(self, key: RowKey, name: str) -> Place | None:
-        return next((place for place in self._places[key] if name in place[0].columns), None)
-
-    def _runs(self, keys: Sequence[RowKey], name: str) -> list[tuple[Parcel, int, int]]:
-        """(parcel, first, end) of the rows' places for this column; rows without it lie in `_NOWHERE`."""
-        runs: list[tuple[Parcel, int, int]] = []
-        last, first, end = _NOWHERE, 0, 0
-        for key in keys:
-            parcel, at = self._place(key, name) or (_NOWHERE, end)
-            if parcel is last and at == end:
-                end += 1
+    def _layouts(
+        self, spans: Sequence[Span], names: Sequence[str], optional: Sequence[str]
+    ) -> list[tuple[list[str], list[Run]]]:
+        """Names whose rows lie in the same places, with those."""
+        layouts: list[tuple[list[str], list[Run]]] = []
+        for name in (*names, *optional):
+            if name not in self._dtypes:
                 continue
-            if end > first:
-                runs.append((last, first, end))
-            last, first, end = parcel, at, at + 1
-        if end > first:
-            runs.append((last, first, end))
+            for group, runs in layouts:
+                if all(run.parcel is not None and name in run.parcel.columns for run in runs):
+                    group.append(name)
+                    break
+            else:
+                runs = self._runs(spans, name)
+                if name in names or any(run.parcel is not None for run in runs):
+                    layouts.append(([name], runs))
+        return layouts
+
+    def _runs(self, spans: Sequence[Span], name: str) -> list[Run]:
+        """In the order of the rows; neighbours in one."""
+        runs: list[Run] = []
+        for span in spans:
+            for parcel, first, end in _of_shelf(self._shelves[span.identity], span, name):
+                if runs and runs[-1].parcel is parcel and runs[-1].end == first:
+                    runs[-1] = Run(parcel, runs[-1].first, end)
+                else:
+                    runs.append(Run(parcel, first, end))
         return runs
 
+    # Freeing
 
-_NOWHERE = Parcel({}, 0)
+    def free(self, rows: Sequence[tuple[GroupId, int]]) -> None:
+        """These, as bits, are not needed any more. Those of which nothing is there are passed over."""
+        shrunk: dict[int, Parcel] = {}
+        for group, bits in rows:
+            shelf = self._shelves.get(group)
+            if shelf is None:
+                continue
+            bits &= shelf.live
+            shelf.live ^= bits
+            if not shelf.live:
+                del self._shelves[group]
+            for parcel in _shrink(shelf, bits):
+                shrunk[id(parcel)] = parcel
+        for parcel in shrunk.values():
+            if not parcel.num_live:
+                self._release(parcel)
+            elif parcel.live_bytes < COMPACT_BELOW * parcel.num_bytes:
+                self._compact(parcel)
+
+    def _release(self, parcel: Parcel) -> None:
+        self.num_bytes -= parcel.num_bytes
+        parcel.held.num_parcels -= 1
+        self.heap.settle(parcel.held)
+        self._writer.recycle(self.heap.recycled(SHARD_WRITER))
+
+    def _compact(self, parcel: Parcel) -> None:
+        """Writes what is left of the parcel anew. Without room for that it stays."""
+        left = [
+            (Span(*group, first, end), piece.position + first - piece.first)
+            for group, piece in parcel.pieces
+            if group in self._shelves
+            for first, end in ranges(self._shelves[group].live & _bits(piece))
+        ]
+        try:
+            new = self._write({name: _select(column, left) for name, column in parcel.columns.items()})
+        except QueueError:
+            return
+        for group in {span.identity for span, _ in left}:
+            shelf = self._shelves[group]
+            shelf.pieces = [piece for piece in shelf.pieces if piece.parcel is not parcel]
+        self._settle(new, _closed_up(left))
+        self.compacted_bytes += new.num_bytes
+        self._release(parcel)
 
 
-def _join(runs: Sequence[tuple[Parcel, int, int]], name: str, dtype: np.dtype) -> Column:
-    parts = []
-    for parcel, first, end in runs:
-        is_there = parcel is not _NOWHERE
-        parts.append(_slice(parcel.columns[name], first, end) if is_there else Column.empty_rows(end - first, dtype))
-    return parts[0] if len(parts) == 1 else Column.concatenate(parts)
+def _of_shelf(shelf: Shelf, span: Span, name: str) -> Iterator[Run]:
+    """Where these rows of one group lie."""
+    at = span.first
+    while at < span.end:
+        holders = [piece for piece in shelf.pieces if piece.end > at and name in piece.parcel.columns]
+        piece = min(holders, key=lambda piece: piece.first, default=None)
+        if piece is None or piece.first >= span.end:
+            yield Run(None, at, span.end)
+            return
+        if piece.first > at:
+            yield Run(None, at, piece.first)
+            at = piece.first
+        end = min(piece.end, span.end)
+        position = piece.position + at - piece.first
+        yield Run(piece.parcel, position, position + end - at)
+        at = end
 
 
-def _slice(column: Column, first: int, end: int) -> Column:
-    offsets = column.offsets[first : end + 1]
-    return Column(column.values[offsets[0] : offsets[-1]], offsets - offsets[0] if offsets[0] else offsets)
+def _shrink(shelf: Shelf, bits: int) -> Iterator[Parcel]:
+    """Takes the rows out of the parcels' counts."""
+    for piece in shelf.pieces:
+        hit = bits & _bits(piece)
+        if hit:
+            piece.parcel.num_live -= hit.bit_count()
+            for first, end in ranges(hit):
+                position = piece.position + first - piece.first
+                piece.parcel.live_bytes -= piece.parcel.bytes_between(position, position + end - first)
+            yield piece.parcel
+
+
+def _bits(piece: Piece) -> int:
+    return ((1 << (piece.end - piece.first)) - 1) << piece.first
+
+
+def _select(column: Column, rows: Sequence[tuple[Span, int]]) -> Column:
+    return Column.concatenate([column.slice(position, position + len(span)) for span, position in rows])
+
+
+def _closed_up(rows: Sequence[tuple[Span, int]]) -> list[tuple[Span, int]]:
+    """The same rows, one after the other."""
+    closed_up = []
+    position = 0
+    for span, _ in rows:
+        closed_up.append((span, position))
+        position += len(span)
+    return closed_up
+
+
+def _part(run: Run, name: str, dtype: np.dtype) -> Column:
+    parcel, first, end = run
+    return Column.empty_rows(end - first, dtype) if parcel is None else parcel.columns[name].slice(first, end)

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from transfer_queue.errors import RowRefused, StaleIncarnation
+from transfer_queue.lanes import Lane
 from transfer_queue.ledger import Ledger, Retired
-from transfer_queue.rows import RowKey
-from transfer_queue.states import PENDING, Accepts, Group, Lane, State
+from transfer_queue.sampling import Basket
+from transfer_queue.spans import Span
+from transfer_queue.states import PENDING, Group, State
 
 
 class Updates:
@@ -22,15 +24,13 @@ class Updates:
         self._ledger = ledger
         self._undelivered: dict[tuple[int, int], list[Group]] = {}
 
-    def nominate(self, lane: Lane, accepts: Accepts) -> list[Group]:
-        """Ready groups to ask the clock for, earliest deadline first."""
+    def nominate(self, lane: Lane, basket: Basket[Group], by_deadline: bool = False) -> list[Group]:
+        """Ready groups to ask the clock for, in the lane's order or with the earliest deadline first."""
         groups = []
-        for unit, rows in lane.pop(accepts):
-            assert isinstance(unit, Group), "a training lane holds groups"
-            for row in rows:
-                row.lend(lane.position, None)
-            unit.claim = PENDING
-            groups.append(unit)
+        for group, bits in lane.pop(basket, by_deadline):
+            group.progress[lane.position].lend(bits, None)
+            group.claim = PENDING
+            groups.append(group)
         return groups
 
     def grant(self, groups: Sequence[Group], incarnation: int, update: int) -> None:
@@ -44,8 +44,8 @@ class Updates:
         retired = []
         for group in groups:
             group.claim = None
-            for row in group.rows:
-                row.lose_lease(lane.position)
+            progress = group.progress[lane.position]
+            progress.lose_lease(progress.leased)
             lane.push_back(group)
             if group.doom is not None:
                 end, reason = group.doom
@@ -63,30 +63,30 @@ class Updates:
     def has_undelivered(self, incarnation: int, update: int) -> bool:
         return (incarnation, update) in self._undelivered
 
-    def take_undelivered(self, incarnation: int, update: int, accepts: Accepts) -> list[Group]:
+    def take_undelivered(self, incarnation: int, update: int, basket: Basket[Group]) -> list[Group]:
         waiting = self._undelivered.pop((incarnation, update), [])
-        taken = [group for group in waiting if accepts(group.rows)]
+        taken = [group for group in waiting if basket.fill(group, group.all, True)]
         self.keep_undelivered([group for group in waiting if group not in taken])
         return taken
 
-    def commit(self, keys: Sequence[RowKey], incarnation: int, update: int) -> int:
+    def commit(self, spans: Sequence[Span], incarnation: int, update: int) -> int:
         """LEASED -> DONE for rows that the update has trained; how many were not done before."""
-        rows = []
-        for row in self._ledger.find(keys):
-            lane = self._ledger.partitions[row.key.partition].training
+        picks = []
+        for group, bits in self._ledger.find(spans):
+            lane = self._ledger.partitions[group.partition].training
             if lane is None:
-                raise RowRefused(f"keys: {row.key}; nobody trains on partition {row.key.partition!r}")
-            if row.states[lane.position] is State.DONE:
+                raise RowRefused(f"keys: {group.identity}; nobody trains on partition {group.partition!r}")
+            bits &= ~group.progress[lane.position].done
+            if not bits:
                 continue
-            claim = row.group.claim
-            if claim is not None and claim[0] > incarnation:
-                raise StaleIncarnation(f"incarnation: {incarnation}; {row.key} belongs to {claim[0]}")
-            if claim != (incarnation, update):
-                raise RowRefused(f"keys: {row.key} is not in update {update} of incarnation {incarnation}")
-            rows.append((lane, row))
-        for lane, row in rows:
-            self._ledger.finish(lane, row)
-        return len(rows)
+            if group.claim is not None and group.claim[0] > incarnation:
+                raise StaleIncarnation(f"incarnation: {incarnation}; {group.identity} belongs to {group.claim[0]}")
+            if group.claim != (incarnation, update):
+                raise RowRefused(f"keys: {group.identity} is not in update {update} of incarnation {incarnation}")
+            picks.append((lane, group, bits))
+        for lane, group, bits in picks:
+            self._ledger.finish(lane, group, bits)
+        return sum(bits.bit_count() for _, _, bits in picks)
 
     def roll_back(self, incarnation: int, version: int) -> tuple[list[tuple[int, int]], list[Retired]]:
         """A new incarnation starts at `version`, its checkpoint's. Returns (deadline, rows) that are outstanding again,
@@ -101,8 +101,8 @@ class Updates:
                 if group.claim not in (None, PENDING):
                     if not self._release(lane, group, incarnation, version):
                         continue
-                    returned.append((group.deadline, len(group.rows)))
-                if any(row.version > version for row in group.rows):
+                    returned.append((group.deadline, group.size))
+                if max(group.versions) > version:
                     expired += self._ledger.end([group], State.EXPIRED, "rolled_back")
         for group, _ in expired:
             self._ledger.partitions[group.partition].reserve_anew(group)
@@ -111,15 +111,13 @@ class Updates:
     def _release(self, lane: Lane, group: Group, incarnation: int, version: int) -> bool:
         """LEASED -> READY for a group that an earlier incarnation holds and the checkpoint does not cover."""
         assert group.claim is not None, "a group to be released is in an update"
-        is_open = all(row.states[lane.position] is State.LEASED for row in group.rows)
-        if group.claim[0] >= incarnation or not is_open:
+        progress = group.progress[lane.position]
+        if group.claim[0] >= incarnation or progress.leased != group.all:
             return False
         if group.claim[1] < version:
-            for row in group.rows:
-                self._ledger.finish(lane, row)
+            self._ledger.finish(lane, group, progress.leased)
             return False
         group.claim = None
-        for row in group.rows:
-            row.lose_lease(lane.position)
+        progress.lose_lease(progress.leased)
         lane.push(group)
         return True

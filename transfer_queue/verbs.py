@@ -13,8 +13,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from transfer_queue import wire
-from transfer_queue.errors import QueueError, error_named
+from transfer_queue.errors import QueueError, QueueTimeout, RowRefused, WireError, error_named
+from transfer_queue.frames import check_put_bytes
+from transfer_queue.gathering import Part, batches, join
+from transfer_queue.reader import SegmentReader
 from transfer_queue.rows import Column, RowKey, Rows
+from transfer_queue.segments import SharedSpace
+from transfer_queue.spans import Span, spans_of
+from transfer_queue.writer import SegmentWriter
 
 R = TypeVar("R")
 
@@ -52,18 +58,49 @@ class Hear:
 Verb = Generator[Send | Hear, Answer | None, R]
 
 
-class Verbs:
-    """endpoints: the local shard first. timeout_s: how long a shard may take for what needs no waiting."""
+CANCEL_S = 2.0
+"""How long a take that has its rows waits for shards that it has told to stop waiting."""
 
-    def __init__(self, endpoints: Sequence[str], timeout_s: float) -> None:
+
+class Near:
+    """What a client has of a shard on its own node: it writes and reads the rows by itself."""
+
+    def __init__(self, space: SharedSpace, number: int) -> None:
+        space.enter_writer(number)
+        self._space = space
+        self._number = number
+        self.writer = SegmentWriter(space, number)
+        self.reader = SegmentReader(space)
+
+    def write(self, columns: Mapping[str, Column], num_rows: int) -> wire.Placed:
+        segment, places = self.writer.write(columns)
+        return wire.Placed(segment.name, segment.generation, num_rows, places)
+
+    def close(self) -> None:
+        self._space.leave_writer(self._number)
+
+
+class Verbs:
+    """endpoints: the local shard first. timeout_s: how long a shard may take for what needs no waiting. A client knows
+    a shard from its first answer to `Locate` on: which groups are its own, and whether its memory can be shared."""
+
+    def __init__(self, endpoints: Sequence[str], timeout_s: float, shares_memory: bool) -> None:
         if not endpoints:
             raise ValueError("endpoints: empty; a client speaks with at least one shard")
         self.endpoints = list(endpoints)
         self.timeout_s = timeout_s
+        self._shares_memory = shares_memory
         self._ids = itertools.count(1)
         self._stride = 0
         self._owners: dict[int, int] = {}
+        self._near: dict[int, Near] = {}
+        self._max_put_bytes: dict[int, int] = {}
         self._abandoned: dict[int, Send] = {}
+
+    def close(self) -> None:
+        for near in self._near.values():
+            near.close()
+        self._near.clear()
 
     def announce(self, producer: str, version: int) -> Verb[None]:
         yield from self._ask_all(lambda number: wire.Announce(number, producer, version))
@@ -76,16 +113,43 @@ class Verbs:
         assert isinstance(answer.reply, wire.Reserved), f"a reservation was answered by {answer.reply}"
         return answer.reply.groups
 
-    def put(self, keys: Sequence[RowKey], columns: Mapping[str, Column], versions: Sequence[int] | None) -> Verb[int]:
-        rows = Rows(keys, columns, versions if versions is not None else ())
-        if versions is not None and len(versions) != len(keys):
-            raise ValueError(f"versions: {len(versions)} for {len(keys)} rows; one a row")
-        accepted = 0
-        for owner, positions in (yield from self._by_owner(keys)).items():
-            part = rows if len(positions) == len(keys) else rows.select(positions)
-            request = wire.Put(next(self._ids), part.keys, [], [int(version) for version in part.versions])
-            accepted += _count((yield from self._ask(owner, request, part.columns)))
-        return accepted
+    def put(self, parts: Sequence[Part]) -> Verb[list[int | QueueError]]:
+        """For each part how many of its rows are still wanted, or why the shard refused it."""
+        outcomes: list[int | QueueError] = []
+        for positions in batches(parts):
+            together = [parts[position] for position in positions]
+            try:
+                unwanted = yield from self._put(join(together))
+            except (RowRefused, WireError) as error:
+                if len(together) == 1:
+                    outcomes.append(error)
+                    continue
+                for part in together:
+                    outcomes += yield from self.put([part])
+                continue
+            first = 0
+            for part in together:
+                end = first + len(part.keys)
+                outcomes.append(len(part.keys) - sum(first <= position < end for position in unwanted))
+                first = end
+        return outcomes
+
+    def _put(self, part: Part) -> Verb[list[int]]:
+        """Positions of the rows that nobody wants any more."""
+        unwanted: list[int] = []
+        for owner, positions in (yield from self._by_owner(part.keys)).items():
+            mine = part.select(positions)
+            check_put_bytes(mine.num_bytes, self._max_put_bytes[owner])
+            near = self._near.get(owner)
+            placed = near.write(mine.columns, len(mine.keys)) if near is not None else None
+            versions = [int(version) for version in mine.versions]
+            request = wire.Put(next(self._ids), spans_of(mine.keys), [], versions, placed)
+            answer = yield from self._ask(owner, request, mine.columns if placed is None else {})
+            assert isinstance(answer.reply, wire.Stored), f"a put was answered by {answer.reply}"
+            if near is not None:
+                near.writer.recycle(answer.reply.recycled)
+            unwanted += [positions[position] for position in answer.reply.unwanted]
+        return unwanted
 
     def take(
         self,
@@ -97,42 +161,73 @@ class Verbs:
         wait_s: float,
     ) -> Verb[Taken]:
         """The local shard if it has any; otherwise all shards at once, and the first that has some ends the wait."""
+        yield from self._locate()
         many = len(self.endpoints) > 1
 
-        def request(patience_s: float) -> wire.Take:
-            return wire.Take(next(self._ids), consumer, max_rows, budget, update, incarnation, patience_s)
+        def request(endpoint: int, patience_s: float) -> wire.Take:
+            is_near = endpoint in self._near
+            return wire.Take(next(self._ids), consumer, max_rows, budget, update, incarnation, patience_s, is_near)
 
-        answer = yield from self._ask(0, request(0.0 if many else wait_s), wait_s=0.0 if many else wait_s)
-        answers = [answer]
-        if many and (_is_closed(answer) or not _num_rows(answer)):
-            if _is_closed(answer):
-                wait_s = 0.0
-            answers += yield from self._race([request(wait_s) for _ in self.endpoints], wait_s)
-        return _merge(answers)
+        while True:
+            patience_s = 0.0 if many else wait_s
+            first = yield from self._ask(0, request(0, patience_s), wait_s=patience_s)
+            answers = {0: [first]}
+            if many and (_is_closed(first) or not _num_rows(first)):
+                if _is_closed(first):
+                    wait_s = 0.0
+                asked = [request(endpoint, wait_s) for endpoint in range(len(self.endpoints))]
+                for endpoint, answer in (yield from self._race(asked, wait_s)):
+                    answers.setdefault(endpoint, []).append(answer)
+            whole = []
+            for endpoint, given in answers.items():
+                for answer in given:
+                    read = self._read(endpoint, answer)
+                    if read is None:
+                        yield Send(endpoint, wire.Decline(next(self._ids), consumer, _spans(answer)), {})
+                    else:
+                        whole.append(read)
+            if whole:
+                return _merge(whole)
+
+    def _read(self, endpoint: int, answer: Answer) -> Answer | None:
+        """With its columns, copied out of shared memory; None if they were moved before they could be."""
+        if not isinstance(answer.reply, wire.Delivered) or not answer.reply.placed:
+            return answer
+        columns = self._near[endpoint].reader.read(answer.reply)
+        return None if columns is None else answer._replace(columns=columns)
 
     def ack(self, consumer: str, keys: Sequence[RowKey]) -> Verb[int]:
         count = 0
         for owner, positions in (yield from self._by_owner(keys)).items():
-            request = wire.Ack(next(self._ids), consumer, [keys[position] for position in positions])
+            request = wire.Ack(next(self._ids), consumer, spans_of([keys[position] for position in positions]))
             count += _count((yield from self._ask(owner, request)))
         return count
 
     def commit(self, incarnation: int, update: int, keys: Sequence[RowKey]) -> Verb[int]:
         count = 0
         for owner, positions in (yield from self._by_owner(keys)).items():
-            request = wire.Commit(next(self._ids), incarnation, update, [keys[position] for position in positions])
+            spans = spans_of([keys[position] for position in positions])
+            request = wire.Commit(next(self._ids), incarnation, update, spans)
             count += _count((yield from self._ask(owner, request)))
         return count
 
-    def drop(self, keys: Sequence[RowKey], reason: str) -> Verb[int]:
+    def close_update(self, incarnation: int, update: int) -> Verb[None]:
+        yield from self._ask(0, wire.CloseUpdate(next(self._ids), incarnation, update))
+
+    def drop(self, keys: Sequence[RowKey], reason: str, again: bool) -> Verb[int]:
         count = 0
         for owner, positions in (yield from self._by_owner(keys)).items():
-            request = wire.Drop(next(self._ids), [keys[position] for position in positions], reason)
+            spans = spans_of([keys[position] for position in positions])
+            request = wire.Drop(next(self._ids), spans, reason, again)
             count += _count((yield from self._ask(owner, request)))
         return count
 
     def producer_lost(self, producer: str) -> Verb[int]:
         answers = yield from self._ask_all(lambda number: wire.ProducerLost(number, producer))
+        return sum(_count(answer) for answer in answers)
+
+    def consumer_lost(self, client: str) -> Verb[int]:
+        answers = yield from self._ask_all(lambda number: wire.ConsumerLost(number, client))
         return sum(_count(answer) for answer in answers)
 
     def introspect(self) -> Verb[dict[str, Any]]:
@@ -162,29 +257,35 @@ class Verbs:
             answers.append((yield from self._ask(endpoint, make(next(self._ids)))))
         return answers
 
-    def _race(self, requests: Sequence[wire.Message], wait_s: float) -> Verb[list[Answer]]:
+    def _race(self, requests: Sequence[wire.Message], wait_s: float) -> Verb[list[tuple[int, Answer]]]:
         """One request to each shard. When one has rows, or says that it is over, the others are told to stop waiting;
-        they may have rows too by then, and those are taken along."""
+        they may have rows too by then, and those are taken along. One that is silent then keeps nobody waiting: what it
+        says later is sent back."""
         waiting = {request.id: endpoint for endpoint, request in enumerate(requests)}
         for endpoint, request in enumerate(requests):
             yield Send(endpoint, request, {})
-        answers: list[Answer] = []
+        answers: list[tuple[int, Answer]] = []
         failure: QueueError | None = None
         is_over = False
         while waiting:
-            answer = yield Hear(tuple(waiting), wait_s + self.timeout_s)
+            try:
+                answer = yield Hear(tuple(waiting), CANCEL_S if is_over else wait_s + self.timeout_s)
+            except QueueTimeout:
+                if is_over:
+                    break
+                raise
             assert answer is not None, "who drives a verb answers a Hear"
             endpoint = waiting.pop(answer.id)
             if isinstance(answer.reply, wire.Refused):
                 message = f"{answer.reply.message} (by {self.endpoints[endpoint]})"
                 failure = error_named(answer.reply.error, message)
             else:
-                answers.append(answer)
+                answers.append((endpoint, answer))
             if not is_over and (failure is not None or _num_rows(answer) or _is_closed(answer)):
                 is_over = True
                 for target, other in waiting.items():
                     yield Send(other, wire.Cancel(next(self._ids), target), {})
-        if failure is not None and not any(_num_rows(answer) for answer in answers):
+        if failure is not None and not any(_num_rows(answer) for _, answer in answers):
             raise failure
         return answers
 
@@ -207,24 +308,34 @@ class Verbs:
 
     def _decline(self, step: Send, answer: Answer) -> list[Send]:
         consumer = ""
-        keys: list[RowKey] = []
+        spans: list[Span] = []
         if isinstance(answer.reply, wire.Delivered) and isinstance(step.request, wire.Take):
-            consumer, keys = step.request.consumer, answer.reply.keys
+            consumer, spans = step.request.consumer, answer.reply.spans
         elif isinstance(answer.reply, wire.Reserved):
-            keys = [key for group in answer.reply.groups for key in group.keys]
-        return [Send(step.endpoint, wire.Decline(next(self._ids), consumer, keys), {})] if keys else []
+            spans = [group.span for group in answer.reply.groups]
+        return [Send(step.endpoint, wire.Decline(next(self._ids), consumer, spans), {})] if spans else []
 
     # Which shard
 
+    def _locate(self) -> Verb[None]:
+        """Once: what there is to know of the shards."""
+        if self._stride:
+            return
+        for endpoint, answer in enumerate((yield from self._ask_all(wire.Locate))):
+            located = answer.reply
+            assert isinstance(located, wire.Located), f"a location was answered by {located}"
+            self._stride = located.group_stride
+            self._owners[located.first_group % self._stride] = endpoint
+            self._max_put_bytes[endpoint] = located.max_put_bytes
+            space = SharedSpace.visit(located.segments, located.token) if self._shares_memory else None
+            if space is not None:
+                self._near[endpoint] = Near(space, located.writer)
+
     def _by_owner(self, keys: Sequence[RowKey]) -> Verb[dict[int, list[int]]]:
         """Positions of the keys by the endpoint that owns them: shards number their groups in strides."""
+        yield from self._locate()
         if len(self.endpoints) == 1:
             return {0: list(range(len(keys)))} if keys else {}
-        if not self._stride:
-            for endpoint, answer in enumerate((yield from self._ask_all(wire.Locate))):
-                assert isinstance(answer.reply, wire.Located), f"a location was answered by {answer.reply}"
-                self._stride = answer.reply.group_stride
-                self._owners[answer.reply.first_group % self._stride] = endpoint
         positions: dict[int, list[int]] = {}
         for position, key in enumerate(keys):
             owner = self._owners.get(key.group % self._stride)
@@ -239,8 +350,13 @@ def _count(answer: Answer) -> int:
     return answer.reply.count
 
 
+def _spans(answer: Answer) -> list[Span]:
+    assert isinstance(answer.reply, wire.Delivered), f"a take was answered by {answer.reply}"
+    return answer.reply.spans
+
+
 def _num_rows(answer: Answer) -> int:
-    return len(answer.reply.keys) if isinstance(answer.reply, wire.Delivered) else 0
+    return len(answer.reply.spans) if isinstance(answer.reply, wire.Delivered) else 0
 
 
 def _is_closed(answer: Answer) -> bool:
@@ -252,7 +368,7 @@ def _merge(answers: Sequence[Answer]) -> Taken:
     parts = [
         Rows(answer.reply.keys, answer.columns, answer.reply.versions)
         for answer in answers
-        if isinstance(answer.reply, wire.Delivered) and answer.reply.keys
+        if isinstance(answer.reply, wire.Delivered) and answer.reply.spans
     ]
     closed = any(_is_closed(answer) for answer in answers)
     if len(parts) < 2:

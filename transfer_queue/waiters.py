@@ -34,6 +34,11 @@ def patience(request: Reserve | Take) -> float:
     return request.wait_s
 
 
+def client_name(peer: bytes) -> str:
+    """A client's address on its shard is its name and something that no other client has."""
+    return peer.rpartition(b"/")[0].decode(errors="replace")
+
+
 class Waiters:
     """In order of arrival; by (peer, request id); and by the end of their patience."""
 

@@ -1,32 +1,23 @@
-"""Messages between clients and a shard, and how columns become frames. Never pickle.
+"""Messages between clients and a shard. Never pickle.
 
-A message is one header frame, then the frames of its columns, in the header's order: values, and offsets (int64) unless
-every row has one value. The header is `MAGIC`, whose last byte is the protocol's version, and a tagged msgpack struct;
-every request has an id, which its reply repeats. Sizes and dtypes are checked before anything is allocated for them.
-This file owns the form on the wire, not what the shard does (`shard.py`) nor the sockets (`server.py`, `client.py`).
+A message is one header frame, then the frames of its columns (`frames.py`). On the shard's own node columns stay in
+shared memory instead, and the header says where they lie (`Placed`, `Layout`). The header is `MAGIC`, whose last byte
+is the protocol's version, and a tagged msgpack struct; every request has an id, which its reply repeats. This file owns
+what is said, not what the shard does (`shard.py`) nor the sockets (`server.py`, `client.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
-import numpy as np
 
-from transfer_queue.config import MAX_COLUMNS
-from transfer_queue.errors import RowRefused, WireError
-from transfer_queue.rows import Column, RowKey
+from transfer_queue.errors import WireError
+from transfer_queue.rows import RowKey
+from transfer_queue.spans import Span, keys_of
 
-MAGIC = b"flowrl-queue\x01"
-MAX_ROWS = 1 << 20
+MAGIC = b"flowrl-queue\x02"
 MAX_HEADER_BYTES = 64 << 20
-DTYPES = {
-    name: np.dtype(name).newbyteorder("<")
-    for name in ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64",
-                 "float16", "float32", "float64")
-}  # fmt: skip
-_OFFSETS = np.dtype("<i8")
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -37,6 +28,42 @@ class ColumnHeader(msgspec.Struct, frozen=True, array_like=True):
     name: str
     dtype: str
     ragged: bool
+
+
+class ColumnPlace(msgspec.Struct, frozen=True, array_like=True):
+    """Where a column lies in a segment, in bytes from its start. offsets_at: 0 where every row has one value."""
+
+    name: str
+    dtype: str
+    num_values: int
+    values_at: int
+    offsets_at: int
+
+
+class Placed(msgspec.Struct, frozen=True, array_like=True):
+    """The columns of one put. generation: what the segment's must still be after they have been read."""
+
+    segment: str
+    generation: int
+    num_rows: int
+    columns: list[ColumnPlace]
+
+
+class Layout(msgspec.Struct, frozen=True, array_like=True):
+    """Where the rows of these columns lie. runs: int32 (n, 3), (index of a `Placed` or -1, first row, end), in the
+    order of the rows; those of -1 have length 0."""
+
+    names: list[str]
+    runs: bytes
+
+
+class Recycled(msgspec.Struct, frozen=True, array_like=True):
+    """Nothing in this segment of the writer's is needed any more. puts: how many the shard had seen in it by then.
+    is_removed: it is no longer there."""
+
+    name: str
+    puts: int
+    is_removed: bool
 
 
 class Reservation(msgspec.Struct, frozen=True, array_like=True):
@@ -51,15 +78,19 @@ class Reservation(msgspec.Struct, frozen=True, array_like=True):
     deadline: int
 
     @property
+    def span(self) -> Span:
+        return Span(self.partition, self.group, self.attempt, 0, self.group_size)
+
+    @property
     def keys(self) -> tuple[RowKey, ...]:
-        return tuple(RowKey(self.partition, self.group, index, self.attempt) for index in range(self.group_size))
+        return tuple(self.span.keys)
 
 
 # Requests
 
 
 class Locate(Message, frozen=True):
-    """Which group numbers are this shard's?"""
+    """Which group numbers are this shard's, and where is its shared memory?"""
 
 
 class Announce(Message, frozen=True):
@@ -77,9 +108,10 @@ class Reserve(Message, frozen=True):
 
 
 class Put(Message, frozen=True):
-    keys: list[RowKey]
+    spans: list[Span]
     columns: list[ColumnHeader]
     versions: list[int]
+    placed: Placed | None = None
 
 
 class Take(Message, frozen=True):
@@ -89,26 +121,42 @@ class Take(Message, frozen=True):
     update: int | None
     incarnation: int
     wait_s: float
+    is_near: bool = False
+    """Whether the columns may stay in shared memory."""
 
 
 class Ack(Message, frozen=True):
     consumer: str
-    keys: list[RowKey]
+    spans: list[Span]
 
 
 class Commit(Message, frozen=True):
     incarnation: int
     update: int
-    keys: list[RowKey]
+    spans: list[Span]
+
+
+class CloseUpdate(Message, frozen=True):
+    """The update may end with the rows it has: no more will come."""
+
+    incarnation: int
+    update: int
 
 
 class Drop(Message, frozen=True):
-    keys: list[RowKey]
+    spans: list[Span]
     reason: str
+    again: bool = False
 
 
 class ProducerLost(Message, frozen=True):
     producer: str
+
+
+class ConsumerLost(Message, frozen=True):
+    """What clients of this name have taken and not finished is ready again. (Rows taken for training are not.)"""
+
+    client: str
 
 
 class Introspect(Message, frozen=True):
@@ -120,7 +168,7 @@ class Decline(Message, frozen=True):
     back. Has no reply."""
 
     consumer: str
-    keys: list[RowKey]
+    spans: list[Span]
 
 
 class Cancel(Message, frozen=True):
@@ -133,14 +181,28 @@ class Cancel(Message, frozen=True):
 
 
 class Located(Message, frozen=True):
+    """segments: the directory of the shard's shared memory, which is the client's too if it reads `token` there.
+    writer: the client's number as one who writes segments. max_put_bytes: no put may bring more."""
+
     first_group: int
     group_stride: int
+    max_put_bytes: int
+    segments: str = ""
+    token: str = ""
+    writer: int = 0
 
 
 class Done(Message, frozen=True):
     """count: rows (or groups, for a loss) that the request changed."""
 
     count: int
+
+
+class Stored(Message, frozen=True):
+    """unwanted: positions of the rows that were dropped or lost meanwhile; their contents are ignored."""
+
+    unwanted: list[int]
+    recycled: list[Recycled]
 
 
 class Reserved(Message, frozen=True):
@@ -150,10 +212,16 @@ class Reserved(Message, frozen=True):
 class Delivered(Message, frozen=True):
     """Rows of a take; none if it timed out. closed: the update is full, and this shard has nothing more for it."""
 
-    keys: list[RowKey]
+    spans: list[Span]
     columns: list[ColumnHeader]
     versions: list[int]
     closed: bool
+    placed: list[Placed] = []
+    layouts: list[Layout] = []
+
+    @property
+    def keys(self) -> list[RowKey]:
+        return keys_of(self.spans)
 
 
 class Report(Message, frozen=True):
@@ -167,8 +235,11 @@ class Refused(Message, frozen=True):
     message: str
 
 
-Request = Locate | Announce | Reserve | Put | Take | Ack | Commit | Drop | ProducerLost | Introspect | Decline | Cancel
-Reply = Located | Done | Reserved | Delivered | Report | Refused
+Request = (
+    Locate | Announce | Reserve | Put | Take | Ack | Commit | CloseUpdate | Drop | ProducerLost | ConsumerLost
+    | Introspect | Decline | Cancel
+)  # fmt: skip
+Reply = Located | Done | Stored | Reserved | Delivered | Report | Refused
 
 _encoder = msgspec.msgpack.Encoder()
 _requests = msgspec.msgpack.Decoder(Request)
@@ -193,7 +264,7 @@ def _decode(decoder: msgspec.msgpack.Decoder, header: memoryview) -> Any:
     if len(header) > MAX_HEADER_BYTES:
         raise WireError(f"header of {len(header)} bytes; at most {MAX_HEADER_BYTES}")
     if header[: len(MAGIC)] != MAGIC:
-        raise WireError("this is not protocol version 1 of the queue")
+        raise WireError("this is not protocol version 2 of the queue")
     try:
         return decoder.decode(header[len(MAGIC) :])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -209,61 +280,3 @@ def request_id(header: memoryview) -> int | None:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     return fields[1] if len(fields) > 1 and isinstance(fields[1], int) else None
-
-
-def pack(columns: Mapping[str, Column]) -> tuple[list[ColumnHeader], list[memoryview]]:
-    """Headers and frames. Raises RowRefused for a dtype that does not travel."""
-    headers = []
-    frames = []
-    for name, column in columns.items():
-        dtype = column.values.dtype
-        if dtype.name not in DTYPES:
-            raise RowRefused(f"columns: {name!r} is {dtype}; what travels is {', '.join(DTYPES)}")
-        ragged = not _is_scalar(column)
-        headers.append(ColumnHeader(name, dtype.name, ragged))
-        frames.append(_bytes_of(column.values, DTYPES[dtype.name]))
-        if ragged:
-            frames.append(_bytes_of(column.offsets, _OFFSETS))
-    return headers, frames
-
-
-def unpack(headers: Sequence[ColumnHeader], frames: Sequence[memoryview], num_rows: int) -> dict[str, Column]:
-    """The columns as views of the frames, after every check."""
-    if len(headers) > MAX_COLUMNS or num_rows > MAX_ROWS:
-        raise WireError(f"{len(headers)} columns of {num_rows} rows; at most {MAX_COLUMNS} of {MAX_ROWS}")
-    if len(frames) != sum(1 + header.ragged for header in headers):
-        raise WireError(f"{len(frames)} frames for {len(headers)} columns")
-    columns: dict[str, Column] = {}
-    rest = iter(frames)
-    for header in headers:
-        if header.dtype not in DTYPES or header.name in columns:
-            raise WireError(f"column {header.name!r} of dtype {header.dtype!r}: twice there, or of no known dtype")
-        values = _array(header.name, next(rest), DTYPES[header.dtype])
-        offsets = _array(header.name, next(rest), _OFFSETS) if header.ragged else _scalar_offsets(num_rows)
-        _check_offsets(header.name, offsets, len(values), num_rows)
-        columns[header.name] = Column(values, offsets)
-    return columns
-
-
-def _array(name: str, frame: memoryview, dtype: np.dtype) -> np.ndarray:
-    if frame.nbytes % dtype.itemsize:
-        raise WireError(f"column {name!r}: {frame.nbytes} bytes are no whole number of {dtype}")
-    return np.frombuffer(frame, dtype=dtype)
-
-
-def _check_offsets(name: str, offsets: np.ndarray, num_values: int, num_rows: int) -> None:
-    spans = len(offsets) == num_rows + 1 and offsets[0] == 0 and offsets[-1] == num_values
-    if not spans or (offsets[1:] < offsets[:-1]).any():
-        raise WireError(f"column {name!r}: offsets do not describe {num_rows} rows of {num_values} values")
-
-
-def _is_scalar(column: Column) -> bool:
-    return len(column.values) == len(column) and bool((column.offsets == _scalar_offsets(len(column))).all())
-
-
-def _scalar_offsets(num_rows: int) -> np.ndarray:
-    return np.arange(num_rows + 1, dtype=np.int64)
-
-
-def _bytes_of(array: np.ndarray, dtype: np.dtype) -> memoryview:
-    return np.ascontiguousarray(array, dtype=dtype).view(np.uint8).data

@@ -50,94 +50,105 @@ class Streaming(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class AdvantageTraits:
-    """`inputs`: the positional arguments. `is_per_token`: gives (B, T), otherwise (B,)."""
+    """`inputs`: the positional arguments. `is_per_token`: gives (B, T), otherwise (B,). `settings`: what a recipe may
+    set. `least_group`: samples of a prompt below which every advantage would be zero, or undefined."""
 
     scope: Scope
     inputs: tuple[str, ...]
     is_per_token: bool = False
+    settings: tuple[str, ...] = ()
+    least_group: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossTraits:
-    """`aggregation`: the default; `is_forced`: no other is right. `has_own_weight`: multiplies by its own w. Every
-    loss here is positively homogeneous in A: loss(k·A) = k·loss(A) for k > 0."""
+    """`aggregation`: the default; `is_forced`: no other is right. `has_own_weight`: multiplies by its own w. `clips`:
+    which of lo, hi, c it has, with their defaults. `settings`: what else a recipe may set. Every loss here is
+    positively homogeneous in A: loss(k·A) = k·loss(A) for k > 0."""
 
     aggregation: str = "token-mean"
     is_forced: bool = False
     anchors: tuple[Anchor, ...] = (Anchor.ROLLOUT, Anchor.RECOMPUTED)
     has_own_weight: bool = False
+    clips: dict[str, float | None] = field(default_factory=lambda: {"lo": 0.2, "hi": 0.2, "c": 3.0})
+    settings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """A name people use: an advantage, a loss, an aggregation, and the settings that differ from the defaults."""
+    """A name people use: its parts, and the settings that differ from theirs. `correction`: for a loss with a weight of
+    its own, the bounds of that weight. A recipe may replace each of them."""
 
     advantage: str
     loss: str
     aggregation: str = "token-mean"
+    anchor: Anchor = Anchor.ROLLOUT
     advantage_settings: dict[str, Any] = field(default_factory=dict)
     loss_settings: dict[str, Any] = field(default_factory=dict)
+    correction: dict[str, Any] | None = None
 
 
 _SCORE_GROUP = ("score_B", "group_B")
+_WHITENED: dict[str, Any] = {"scope": Scope.BATCH, "is_per_token": True}
 ADVANTAGES = {
-    "gae": AdvantageTraits(scope=Scope.BATCH, inputs=("reward_BT", "value_BT", "mask_BT"), is_per_token=True),
-    "grpo": AdvantageTraits(scope=Scope.GROUP, inputs=_SCORE_GROUP),
-    "rloo": AdvantageTraits(scope=Scope.GROUP, inputs=_SCORE_GROUP),
-    "reinforce_plus_plus": AdvantageTraits(scope=Scope.BATCH, inputs=("reward_BT", "mask_BT"), is_per_token=True),
-    "reinforce_plus_plus_baseline": AdvantageTraits(
-        scope=Scope.BATCH, inputs=(*_SCORE_GROUP, "mask_BT"), is_per_token=True
-    ),
-    "lite_ppo": AdvantageTraits(scope=Scope.SCALE, inputs=_SCORE_GROUP),
+    "gae": AdvantageTraits(**_WHITENED, inputs=("reward_BT", "value_BT", "mask_BT"), settings=("gamma", "lam")),
+    "grpo": AdvantageTraits(scope=Scope.GROUP, inputs=_SCORE_GROUP, settings=("eps", "divide_by_std")),
+    "rloo": AdvantageTraits(scope=Scope.GROUP, inputs=_SCORE_GROUP, least_group=2),
+    "reinforce_plus_plus": AdvantageTraits(**_WHITENED, inputs=("reward_BT", "mask_BT"), settings=("gamma",)),
+    "reinforce_plus_plus_baseline": AdvantageTraits(**_WHITENED, inputs=(*_SCORE_GROUP, "mask_BT"), least_group=2),
+    "lite_ppo": AdvantageTraits(scope=Scope.SCALE, inputs=_SCORE_GROUP, settings=("eps",), least_group=2),
     "remax": AdvantageTraits(scope=Scope.ROW, inputs=("score_B", "baseline_B")),
-    "opo": AdvantageTraits(scope=Scope.GROUP, inputs=("score_B", "length_B", "group_B")),
+    "opo": AdvantageTraits(scope=Scope.GROUP, inputs=("score_B", "length_B", "group_B"), least_group=2),
     "gdpo": AdvantageTraits(scope=Scope.BATCH, inputs=("scores_KB", "group_B", "weight_K")),
-    "grpo_passk": AdvantageTraits(scope=Scope.GROUP, inputs=_SCORE_GROUP),
+    "grpo_passk": AdvantageTraits(scope=Scope.GROUP, inputs=_SCORE_GROUP, least_group=2),
 }
 
-_SEQUENCE = LossTraits(aggregation="seq-mean-token-mean", is_forced=True)
-_OWN_WEIGHT = LossTraits(anchors=(Anchor.RECOMPUTED,), has_own_weight=True)
+_SEQUENCE: dict[str, Any] = {"aggregation": "seq-mean-token-mean", "is_forced": True}
+_OWN_WEIGHT: dict[str, Any] = {
+    "anchors": (Anchor.RECOMPUTED,),
+    "has_own_weight": True,
+    "clips": {"lo": 0.2, "hi": 0.2, "c": None},
+}
 LOSSES = {
     "ppo": LossTraits(),
-    "dapo": LossTraits(),
-    "gspo": _SEQUENCE,
-    "cispo": LossTraits(),
-    "topr": LossTraits(),
-    "dppo_tv": LossTraits(anchors=(Anchor.ROLLOUT,)),
-    "sapo": _SEQUENCE,
-    "geo_mean": _SEQUENCE,
-    "decoupled_ppo": _OWN_WEIGHT,
-    "segment_ppo": _OWN_WEIGHT,
+    "dapo": LossTraits(clips={"lo": 0.2, "hi": 0.28, "c": 3.0}),
+    "gspo": LossTraits(**_SEQUENCE, clips={"lo": 3e-4, "hi": 4e-4}),
+    "cispo": LossTraits(clips={"lo": 0.2, "hi": 0.28}),
+    "topr": LossTraits(clips={}, settings=("level",)),
+    "dppo_tv": LossTraits(anchors=(Anchor.ROLLOUT,), clips={"lo": 0.2, "hi": 0.2, "c": 20.0}),
+    "sapo": LossTraits(**_SEQUENCE, clips={}, settings=("tau_pos", "tau_neg")),
+    "geo_mean": LossTraits(**_SEQUENCE, clips={"lo": 0.4, "hi": 0.4}),
+    "decoupled_ppo": LossTraits(**_OWN_WEIGHT),
+    "segment_ppo": LossTraits(**_OWN_WEIGHT),
 }
 
+_NO_SPREAD = {"divide_by_std": False}
+_W_TO_5 = {"mode": "mask", "level": "token", "low": 0.0, "high": 5.0}
+_DECOUPLED: dict[str, Any] = {"anchor": Anchor.RECOMPUTED, "correction": _W_TO_5}
 ALGORITHMS = {
-    "grpo": Algorithm(advantage="grpo", loss="ppo"),
+    "grpo": Algorithm(advantage="grpo", loss="ppo", loss_settings={"hi": 0.28}),
     "dr_grpo": Algorithm(
         advantage="grpo",
         loss="ppo",
         aggregation="seq-mean-token-sum-norm",
-        advantage_settings={"divide_by_std": False},
+        advantage_settings=_NO_SPREAD,
     ),
     "dapo": Algorithm(advantage="grpo", loss="dapo"),
     "gspo": Algorithm(advantage="grpo", loss="gspo", aggregation="seq-mean-token-mean"),
     "cispo": Algorithm(advantage="grpo", loss="cispo"),
-    "topr": Algorithm(advantage="grpo", loss="topr"),
+    "topr": Algorithm(advantage="grpo", loss="topr", advantage_settings=_NO_SPREAD),
     "dppo_tv": Algorithm(advantage="grpo", loss="dppo_tv"),
     "sapo": Algorithm(advantage="grpo", loss="sapo", aggregation="seq-mean-token-mean"),
     "gmpo": Algorithm(advantage="grpo", loss="geo_mean", aggregation="seq-mean-token-mean"),
-    "decoupled_grpo": Algorithm(advantage="grpo", loss="decoupled_ppo"),
-    "segment_grpo": Algorithm(advantage="grpo", loss="segment_ppo"),
     "rloo": Algorithm(advantage="rloo", loss="ppo"),
-    "remax": Algorithm(advantage="remax", loss="ppo"),
     "opo": Algorithm(advantage="opo", loss="ppo"),
-    "gdpo": Algorithm(advantage="gdpo", loss="ppo"),
     "grpo_passk": Algorithm(advantage="grpo_passk", loss="ppo"),
     "lite_ppo": Algorithm(advantage="lite_ppo", loss="ppo", loss_settings={"c": None}),
-    "ppo": Algorithm(advantage="gae", loss="ppo"),
-    "decoupled_ppo": Algorithm(advantage="gae", loss="decoupled_ppo"),
-    "segment_ppo": Algorithm(advantage="gae", loss="segment_ppo"),
     "reinforce_plus_plus": Algorithm(advantage="reinforce_plus_plus", loss="ppo"),
     "reinforce_plus_plus_baseline": Algorithm(advantage="reinforce_plus_plus_baseline", loss="ppo"),
+    "ppo": Algorithm(advantage="gae", loss="ppo"),
+    "decoupled_ppo": Algorithm(advantage="grpo", loss="decoupled_ppo", **_DECOUPLED),
+    "segment_ppo": Algorithm(advantage="grpo", loss="segment_ppo", **_DECOUPLED),
 }
 
 

@@ -18,8 +18,14 @@ from flowrl import __version__
 
 COMMANDS = {
     "run": "train a model as a recipe says",
+    "sweep": "run a recipe at many points and compare them",
     "graph": "draw the stages of a recipe",
+    "replay": "retrain a recorded run, bit for bit",
+    "export": "turn a checkpoint into a Hugging Face directory",
+    "simulate": "say what staleness bounds would cost, in virtual time",
     "report": "draw and check what a run left",
+    "check": "try an episode, environment or reward of your own",
+    "doctor": "say what a recipe needs and what this machine lacks",
     "init-model": "make a small model and its tokenizer",
 }
 

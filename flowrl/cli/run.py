@@ -11,12 +11,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from controllers.topology import Topology
+    from flowrl.config import Recipe
     from flowrl.pipeline import Pipeline
+    from flowrl.record.lives import Life
+
+FAILED = 1
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a YAML recipe")
     parser.add_argument("overrides", nargs="*", metavar="field.name=value", help="settings that replace the recipe's")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run of this name from its newest checkpoint"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved recipe, the graph and the placement; start nothing"
     )
@@ -32,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(describe(built))
         return 0
-    return train(built, topology)
+    return train(built, topology, is_resumed=arguments.resume)
 
 
 def describe(built: Pipeline) -> str:
@@ -47,15 +54,34 @@ def describe(built: Pipeline) -> str:
     return "\n\n".join(f"# {title}\n{text}" for title, text in sections.items())
 
 
-def train(built: Pipeline, topology: Topology) -> int:
+def train(built: Pipeline, topology: Topology, is_resumed: bool) -> int:
+    """One life of the run after the other, as long as another may help. The exit code is the last one's."""
+    from flowrl.record import lives
+
+    directory = Path(built.recipe.run.dir) / built.recipe.run.name
+    # torchrun has started all controllers again: what they had begun goes on.
+    goes_on = is_resumed or (topology.restart > 0 and (directory / "recipe.yaml").is_file())
+    fruitless = 0
+    while True:
+        life, code = live(built, topology, goes_on)
+        progress = lives.newest_checkpoint(directory)[0]
+        fruitless = 0 if progress > life.step else fruitless + 1
+        # Several nodes can only begin anew together, which is torchrun's to bring about (--max-restarts).
+        if code != FAILED or not progress or topology.num_nodes > 1 or fruitless > built.recipe.run.restarts:
+            return code
+        print(f"going on from step {progress}, the newest checkpoint", flush=True)
+        goes_on = True
+
+
+def live(built: Pipeline, topology: Topology, goes_on: bool) -> tuple[Life, int]:
+    """One life; returns it, and its exit code."""
     from controllers.node import NodeController
     from flowrl.pipeline import controller_settings, worker_settings
-    from flowrl.record import run_directory
     from flowrl.record.display import Display
     from flowrl.record.recorder import Recorder
 
     recipe = built.recipe
-    directory, recipe_path = run_directory.create(recipe, topology.node)
+    directory, recipe_path, life = open_directory(recipe, topology.node, goes_on)
     ensure_model(Path(recipe.model.path), recipe_path)
     with Display(recipe.run.name, recipe.train.steps, is_shown=topology.node == 0) as display:
         recorder = Recorder(recipe, directory, topology.node, display)
@@ -63,7 +89,7 @@ def train(built: Pipeline, topology: Topology) -> int:
             topology,
             built.graph,
             built.workers,
-            controller_settings(built, directory),
+            controller_settings(built, directory, life),
             worker_settings(built, recipe_path),
             recorder.observers(),
         )
@@ -73,7 +99,31 @@ def train(built: Pipeline, topology: Topology) -> int:
         from flowrl.report.run_report import print_report
 
         print_report(directory, summary)
-    return code
+    return life, code
+
+
+def open_directory(recipe: Recipe, node: int, goes_on: bool) -> tuple[Path, Path, Life]:
+    """The run's directory, this node's recipe in it, and the life that begins now."""
+    from flowrl.record import lives, run_directory
+
+    if not goes_on:
+        directory, recipe_path = run_directory.create(recipe, node)
+        life = lives.Life(number=0)
+        if node == 0:
+            lives.note_life(directory, life)
+        return directory, recipe_path, life
+    directory = (Path(recipe.run.dir) / recipe.run.name).resolve()
+    life = lives.next_life(recipe, directory, node)
+    note_resumed(directory, node, life)
+    return directory, directory / run_directory.recipe_name(node), life
+
+
+def note_resumed(directory: Path, node: int, life: Life) -> None:
+    """What the event log tells of updates from `version` on has not been, for this life."""
+    from controllers.eventlog import EventLog
+
+    with EventLog(directory / "events.jsonl", node) as log:
+        log.write("resumed", life=life.number, version=life.step)
 
 
 def ensure_model(path: Path, recipe_path: Path) -> None:

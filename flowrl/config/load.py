@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from flowrl.config.presets import preset
 from flowrl.config.recipe import Recipe
 
 
@@ -29,7 +30,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     given = merged
     _check_keys(given, Recipe, "")
     try:
-        recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), given))
+        complete = OmegaConf.merge(OmegaConf.structured(Recipe), _preset(given), given)
+        recipe = OmegaConf.to_object(complete)
     except OmegaConfBaseException as error:
         raise ValueError(_readable(error)) from error
     assert isinstance(recipe, Recipe)
@@ -60,6 +62,14 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe, every default written out; `load` reads it back to an equal one."""
     return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+
+
+def _preset(given: DictConfig) -> dict[str, Any]:
+    """What the algorithm's name says of the fields that the recipe leaves out."""
+    container = OmegaConf.to_container(given.get("algorithm") or OmegaConf.create({}))
+    assert isinstance(container, dict)
+    algorithm = {str(name): value for name, value in container.items()}
+    return {"algorithm": preset(str(algorithm.get("name", "grpo")), algorithm)}
 
 
 def _check_keys(given: DictConfig, kind: type, prefix: str) -> None:

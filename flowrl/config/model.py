@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 from flowrl.config.checks import check_at_least, check_one_of, check_positive
@@ -34,12 +35,33 @@ class ModelInitConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Train adapters of this rank and nothing else. alpha: the adapters' product counts alpha/rank times. targets: the
+    last parts of the names of linear modules (`q_proj`); null for all but the head. seed: of the adapters' first values."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: list[str] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least("model.lora.rank", self.rank, 1)
+        check_positive("model.lora.alpha", self.alpha)
+        if self.targets is not None and not self.targets:
+            raise ValueError("model.lora.targets: []; name at least one module, or null for all linear ones")
+        if importlib.util.find_spec("peft") is None:
+            raise ValueError("model.lora: needs the package peft, which is not installed: pip install 'flowrl[lora]'")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """path: a Hugging Face directory. dtype: what engines are served; the trainer keeps float32 masters."""
+    """path: a Hugging Face directory. dtype: what engines are served; the trainer keeps float32 masters. lora: train
+    low-rank adapters; engines are served the merged weights."""
 
     path: str
     dtype: str = "float32"
     init: ModelInitConfig | None = None
+    lora: LoRAConfig | None = None
 
     def __post_init__(self) -> None:
         check_one_of("model.dtype", self.dtype, ("float32", "bfloat16"))

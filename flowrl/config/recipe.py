@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from flowrl.algorithms.declarations import ADVANTAGES
 from flowrl.config.algorithm import AlgorithmConfig, StalenessConfig
 from flowrl.config.data import DataConfig, EvalConfig
 from flowrl.config.machines import NetworkConfig, PoolConfig, QueueSettings, RunConfig, StageConfig
 from flowrl.config.model import ModelConfig
-from flowrl.config.rollout import RewardConfig, RolloutConfig
-from flowrl.config.train import TrainConfig, WarmStartConfig, WeightsConfig
+from flowrl.config.rollout import EPISODE_REWARD, EPISODES, RewardConfig, RolloutConfig
+from flowrl.config.train import CriticConfig, ReferenceConfig, TrainConfig, WarmStartConfig
+from flowrl.config.weights import WeightsConfig
+
+# Updates after which a token of segment_ppo needs the proximal stage.
+LEAST_LAG = 2
+SINGLE_TURN = "single_turn"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +34,8 @@ class Recipe:
     staleness: StalenessConfig = field(default_factory=StalenessConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     eval: EvalConfig | None = None
     warm_start: WarmStartConfig | None = None
     weights: WeightsConfig = field(default_factory=WeightsConfig)
@@ -41,8 +49,103 @@ class Recipe:
             raise ValueError("eval.path: missing; name a file, or set data.held_out above 0")
         if self.warm_start is not None and self.data.dev == 0:
             raise ValueError("data.dev: 0; warm_start needs a development set")
+        refuse_unsuitable_algorithm(self)
+        check_reward_of_episodes(self)
+        refuse_incomplete_shares(self)
+        if self.run.determinism == "strict":
+            refuse_what_is_not_deterministic(self)
         if self.network.interface != "lo" and not self.network.trusted:
             raise ValueError(
                 "network.trusted: false; torch RPC has no secret and unpickles, so a run on network.interface="
                 f"{self.network.interface} is refused unless you say that the network is closed"
             )
+
+
+def takes_episode_reward(recipe: Recipe) -> bool:
+    """Whether the rewards are those that episodes give."""
+    return recipe.reward.name == EPISODE_REWARD
+
+
+def check_reward_of_episodes(recipe: Recipe) -> None:
+    """An environment's reward is the row's; a single turn and tools give none."""
+    name = recipe.rollout.episode.removeprefix(f"{EPISODES}:")
+    if name == "environment" and not takes_episode_reward(recipe):
+        raise ValueError(
+            f"reward: {recipe.reward.name or recipe.reward.path}; rollout.episode=environment gives the rewards, "
+            f"set reward.name={EPISODE_REWARD}"
+        )
+    if name != "single_turn" and recipe.rollout.handover == "batch":
+        raise ValueError(f"rollout.handover: 'batch'; hands on whole batches, and an episode of {name} may fail")
+    if takes_episode_reward(recipe) and recipe.warm_start is not None:
+        raise ValueError(f"warm_start: needs a reward function, and reward.name is {EPISODE_REWARD!r}")
+    if name in ("single_turn", "multi_turn") and takes_episode_reward(recipe):
+        raise ValueError(f"reward.name: {EPISODE_REWARD!r}; rollout.episode={name} gives no reward")
+
+
+def refuse_incomplete_shares(recipe: Recipe) -> None:
+    """Where engines hand over whole shares, no group may be replaced underway."""
+    rollout = recipe.rollout
+    if hands_over_batches(recipe) and (rollout.filter_tied or rollout.redundancy):
+        name, value = ("filter_tied", True) if rollout.filter_tied else ("redundancy", rollout.redundancy)
+        raise ValueError(
+            f"rollout.{name}: {value}; rollout.handover=batch and run.determinism=strict hand over shares that are "
+            "settled from the start"
+        )
+
+
+def refuse_what_is_not_deterministic(recipe: Recipe) -> None:
+    """`run.determinism: strict` holds where nothing depends on what happens first; each other setting is refused."""
+    episode = recipe.rollout.episode.removeprefix("flowrl.rollout.episodes:")
+    needed = {
+        "staleness.max": (recipe.staleness.max, 0, "what is trained when would depend on timing"),
+        "staleness.late": (recipe.staleness.late, "wait", "what is dropped would depend on timing"),
+        "rollout.engine": (recipe.rollout.engine, "embedded", "only that engine batches the same way each time"),
+        "rollout.episode": (episode, SINGLE_TURN, "later turns would join a batch at any time"),
+    }
+    for name, (value, wanted, reason) in needed.items():
+        if value != wanted:
+            raise ValueError(f"{name}: {value!r}; run.determinism=strict needs {wanted!r}: {reason}")
+
+
+def refuse_unsuitable_algorithm(recipe: Recipe) -> None:
+    """What the algorithm asks of rollout and of the graph."""
+    algorithm, rollout = recipe.algorithm, recipe.rollout
+    least = 1 if algorithm.has_own_advantage else ADVANTAGES[algorithm.advantage].least_group
+    if rollout.group_size < least:
+        raise ValueError(
+            f"rollout.group_size: {rollout.group_size}; algorithm.advantage={algorithm.advantage} compares the samples "
+            f"of a prompt and needs at least {least}"
+        )
+    if algorithm.overlong_buffer > rollout.max_tokens:
+        raise ValueError(
+            f"algorithm.overlong_buffer: {algorithm.overlong_buffer}; must not exceed rollout.max_tokens="
+            f"{rollout.max_tokens}"
+        )
+    if algorithm.estimates_in_trainer and "advantage" in recipe.stages:
+        raise ValueError(
+            f"stages.advantage: {recipe.stages['advantage'].run!r}; the trainer computes advantages here, because "
+            f"{algorithm.streaming()[1]}; set algorithm.advantage to a function of yours"
+        )
+
+
+def needs_segments(recipe: Recipe) -> bool:
+    """The trainer cannot know a token's log-prob under the version after its own: that version is not the one it
+    starts from. Only where a token may be two updates old."""
+    return recipe.algorithm.loss == "segment_ppo" and recipe.staleness.max >= LEAST_LAG
+
+
+def is_strict(recipe: Recipe) -> bool:
+    return recipe.run.determinism == "strict"
+
+
+def hands_over_batches(recipe: Recipe) -> bool:
+    return recipe.rollout.handover == "batch" or is_strict(recipe)
+
+
+def refuse_uneven_shares(recipe: Recipe, num_engines: int) -> None:
+    """Raises ValueError if an update does not divide among the engines."""
+    if hands_over_batches(recipe) and recipe.train.batch_groups % num_engines:
+        raise ValueError(
+            f"train.batch_groups: {recipe.train.batch_groups}; rollout.handover=batch and run.determinism=strict need "
+            f"a multiple of the {num_engines} engines"
+        )

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flowrl.data.example import Dataset, Prompt
+from flowrl.data.example import Dataset, Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Stands for what the model wrote, where a template is asked what it puts behind it.
+RESPONSE = "«response»"
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,12 @@ class Encoded:
 
 class PromptEncoder:
     """tokenizer: the model's, as transformers loads it. stop_token_ids: everything that the model's own files call an
-    end of sequence, sorted."""
+    end of sequence, sorted. tools: JSON schemas that the chat template shows the model before every prompt."""
 
-    def __init__(self, model_dir: str | Path, max_prompt_tokens: int) -> None:
+    def __init__(self, model_dir: str | Path, max_prompt_tokens: int, tools: Sequence[dict[str, Any]] = ()) -> None:
         path = Path(model_dir)
         self.max_prompt_tokens = max_prompt_tokens
+        self.tools: Any = list(tools) or None
         self.tokenizer = load_tokenizer(path)
         if self.tokenizer.chat_template is None:
             raise ValueError(f"model.path: {str(model_dir)!r}; its tokenizer must have a chat template")
@@ -40,7 +44,7 @@ class PromptEncoder:
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Through the chat template, up to where the response begins. A string is one user message."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = self._render(messages)
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode_all(self, dataset: Dataset) -> Encoded:
@@ -51,7 +55,7 @@ class PromptEncoder:
         if not len(dataset):
             return Encoded([], [], 0)
         conversations = [example.messages for example in dataset]
-        texts = self.tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+        texts = self._render(conversations)
         tokens = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         kept = [index for index, ids in enumerate(tokens) if len(ids) <= self.max_prompt_tokens]
         if not kept:
@@ -66,9 +70,46 @@ class PromptEncoder:
         tokens = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return (*tokens, self.tokenizer.eos_token_id)
 
+    def encode_reply(self, messages: Sequence[Message], last_token: int) -> tuple[int, ...]:
+        """What follows a response of the model's that ended with `last_token`: the messages that answer it, up to where
+        the next response begins. Special tokens that stand in a message's text are left out: only the template says
+        them. Raises ValueError for a template that refuses such messages."""
+        said = [{**message, "content": self._without_special(message["content"])} for message in messages]
+        conversation = [{"role": "user", "content": "…"}, {"role": "assistant", "content": RESPONSE}, *said]
+        try:
+            text = self._render(conversation)
+        except Exception as error:  # templates raise what they like
+            roles = ", ".join(sorted({message["role"] for message in messages}))
+            raise ValueError(f"model.path: its chat template refuses messages of role {roles}: {error}") from error
+        _, found, after = text.partition(RESPONSE)
+        assert found, "a chat template shows what the assistant said"
+        tokens = tuple(self.tokenizer(after, add_special_tokens=False)["input_ids"])
+        return tokens[1:] if tokens[:1] == (last_token,) else tokens
+
+    def decode_turn(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """All that the model wrote, special tokens too (some mark a tool call), but for the one that ended it."""
+        ids = np.asarray(tokens)
+        ids = ids[:-1] if len(ids) and int(ids[-1]) in self.stop_token_ids else ids
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+
+    def truncate(self, text: str, max_tokens: int) -> str:
+        """The beginning of `text`, and a mark where it was cut."""
+        tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return text if len(tokens) <= max_tokens else f"{self.decode(tokens[:max_tokens])} [cut]"
+
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Special tokens are left out."""
         return str(self.tokenizer.decode(np.asarray(tokens), skip_special_tokens=True))
+
+    def _render(self, messages: Any) -> Any:
+        return self.tokenizer.apply_chat_template(
+            messages, tools=self.tools, add_generation_prompt=True, tokenize=False
+        )
+
+    def _without_special(self, text: str) -> str:
+        for special in self.tokenizer.all_special_tokens:
+            text = text.replace(special, "")
+        return text
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

@@ -80,7 +80,7 @@ class Display:
         self.waits[worker] = what
 
     def ended(self, code: int, reason: str) -> None:
-        if self.is_shown and code:
+        if code:  # on every node: each may be looked at alone
             self.console.print(f"the run ended early: {reason}", markup=False, highlight=False, soft_wrap=True)
 
     def __rich__(self) -> Group:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,17 @@ from flowrl.record.display import Display
 
 
 class Recorder:
+    """A later life of a run goes on where metrics.jsonl ends."""
+
     def __init__(self, recipe: Recipe, directory: Path, node: int, display: Display) -> None:
         self.recipe = recipe
         self.directory = directory
         self.node = node
         self.display = display
-        self.started = time.monotonic()
+        earlier = earlier_reports(directory / "metrics.jsonl")
+        self.started = time.monotonic() - max((report["t"] for report in earlier), default=0.0)
         self.metrics = (directory / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-        self.evaluations: dict[int, float] = {}
+        self.evaluations = evaluations_in(earlier)
         self.finished: dict[str, Any] = {}
 
     def observers(self) -> Observers:
@@ -76,3 +79,18 @@ class Recorder:
             temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
             temporary.rename(self.directory / "summary.json")
         return summary
+
+
+def earlier_reports(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def evaluations_in(reports: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Accuracy by version."""
+    return {
+        int(report["eval/version"]): value
+        for report in reports
+        if "eval/version" in report
+        for name, value in report.items()
+        if name.startswith("val-core/")
+    }

@@ -13,7 +13,7 @@ def create(recipe: Recipe, node: int) -> tuple[Path, Path]:
     Node 0 refuses a directory that holds a run already; other nodes that share the disk write beside it.
     """
     directory = Path(recipe.run.dir) / recipe.run.name
-    path = directory / ("recipe.yaml" if node == 0 else f"recipe.node{node}.yaml")
+    path = directory / recipe_name(node)
     (directory / "logs").mkdir(parents=True, exist_ok=True)
     try:
         with path.open("x", encoding="utf-8") as file:
@@ -21,6 +21,11 @@ def create(recipe: Recipe, node: int) -> tuple[Path, Path]:
     except FileExistsError:
         raise ValueError(
             f"run.name: {recipe.run.name!r}; {directory} holds a run already, and runs are never overwritten "
-            "(choose another run.name, or move the directory away)"
+            "(choose another run.name, move the directory away, or go on with it by --resume)"
         ) from None
     return directory.resolve(), path.resolve()
+
+
+def recipe_name(node: int) -> str:
+    """Of the resolved recipe as the node has it."""
+    return "recipe.yaml" if node == 0 else f"recipe.node{node}.yaml"

@@ -1,4 +1,5 @@
-"""Reads `events.jsonl`: one JSON object a line, appended by many processes, so in no strict order of time.
+"""Reads `events.jsonl` and the segments that came before it: one JSON object a line, appended by many processes, so in
+no strict order of time.
 
 Only what stands in the log: no import of the code whose acts it records.
 """
@@ -17,8 +18,8 @@ Key = tuple[str, int, int, int]
 
 class Event(msgspec.Struct, frozen=True, gc=False):
     """kind: reserved, dispatched (version), sampled (versions: [[version, tokens], …]), taken (update), trained
-    (update), dropped (reason), lost, published (version). key: [partition, group, index, attempt]. t: seconds since
-    1970."""
+    (update), dropped (reason), lost, published (version), resumed (version, life: what the log tells so far of updates
+    from that version on is undone). key: [partition, group, index, attempt]. t: seconds since 1970."""
 
     kind: str
     t: float = 0.0
@@ -27,6 +28,7 @@ class Event(msgspec.Struct, frozen=True, gc=False):
     version: int | None = None
     update: int | None = None
     reason: str | None = None
+    life: int | None = None
     versions: tuple[tuple[int, int], ...] = ()
 
 
@@ -34,10 +36,23 @@ _DECODER = msgspec.json.Decoder(Event)
 
 
 def read_events(path: Path) -> Iterator[Event]:
-    """Every whole line. A last line without its end, which a killed writer leaves, is left out.
+    """Every whole line of every segment, the oldest first (`events.1.jsonl`, `events.2.jsonl`, …, then `path`). A last
+    line without its end, which a killed writer leaves, is left out.
 
     Raises ValueError naming file and line if another line is no event.
     """
+    for segment in segments(path):
+        yield from _read_segment(segment)
+
+
+def segments(path: Path) -> list[Path]:
+    """Those of a log that was rotated, in order; `path`, the newest, last."""
+    numbers = [each.suffixes[-2] for each in path.parent.glob(f"{path.stem}.*{path.suffix}")]
+    ordered = sorted(int(number[1:]) for number in numbers if number[1:].isdigit())
+    return [*(path.with_name(f"{path.stem}.{number}{path.suffix}") for number in ordered), path]
+
+
+def _read_segment(path: Path) -> Iterator[Event]:
     rest = b""
     lines_before = 0
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Reads `metrics.jsonl` and `summary.json` of a run. Computes nothing but series."""
+"""Reads `metrics.jsonl`, `summary.json` and `samples.jsonl` of a run. Computes nothing but series."""
 
 from __future__ import annotations
 
@@ -27,23 +27,31 @@ class Series:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """summary is empty for a run that has not ended."""
+    """summary is empty for a run that has not ended. recipe: as the run resolved it."""
 
     name: str
     lines: Sequence[Mapping[str, Any]]
     summary: Mapping[str, Any]
+    recipe: str = ""
+    samples_path: Path | None = None
 
     @classmethod
     def read(cls, run: Path) -> RunRecord:
         """Raises ValueError if there is no such directory. Files that are missing count as empty."""
         if not run.is_dir():
             raise ValueError(f"run: {str(run)!r}; no such directory")
-        summary = run / "summary.json"
+        summary, recipe = run / "summary.json", run / "recipe.yaml"
         return cls(
             name=run.resolve().name,
             lines=_json_lines(run / "metrics.jsonl"),
             summary=json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {},
+            recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+            samples_path=run / "samples.jsonl",
         )
+
+    def last_samples(self, most: int) -> list[dict[str, Any]]:
+        """Of those written for people, the newest last."""
+        return _json_lines(self.samples_path)[-most:] if self.samples_path is not None else []
 
     def names(self, prefix: str) -> list[str]:
         """Metrics that begin so, in order."""

@@ -37,7 +37,8 @@ class Findings:
 
     bound: η, None if unknown. rows_by_staleness: rows taken, by the staleness of their oldest token.
     tokens_by_staleness: all their tokens. counts: [node][kind]. drops: rows by reason. trained_twice: rows trained more
-    than once. split_groups: (partition, group, attempt) whose rows trained in several updates.
+    than once. split_groups: (partition, group, attempt) whose rows trained in several updates. lives: how often the run
+    was started; undone: rows trained in updates that a later life went back behind, which are counted nowhere else.
     """
 
     bound: int | None
@@ -48,6 +49,8 @@ class Findings:
     violations: list[Violation]
     trained_twice: list[Key]
     split_groups: list[Group]
+    lives: int = 1
+    undone: int = 0
 
     @property
     def max_staleness(self) -> int | None:
@@ -63,18 +66,23 @@ class Findings:
 
 @dataclass
 class _Log:
-    """What the log says of each row. Processes flush at their own times, so nothing is judged before the end."""
+    """What the log says of each row. Processes flush at their own times, so nothing is judged before the end. Only the
+    lives of a run come strictly one after the other."""
 
     spans: dict[Key, Sequence[tuple[int, int]]] = field(default_factory=dict)
     taken: dict[Key, tuple[int, ...]] = field(default_factory=dict)
-    trained: dict[Key, int] = field(default_factory=dict)
+    trained: dict[Key, tuple[int, ...]] = field(default_factory=dict)
     first_update: dict[Group, int] = field(default_factory=dict)
     split_groups: set[Group] = field(default_factory=set)
     counts: dict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     drops: Counter[str] = field(default_factory=Counter)
+    life: int = 0
+    undone: int = 0
 
     def add(self, event: Event) -> None:
         key, kind, update = event.key, event.kind, event.update
+        if kind == "resumed" and event.version is not None and event.life is not None:
+            self.resume(event.life, event.version)
         if key is None:
             return
         self.counts[event.node][kind] += 1
@@ -85,12 +93,27 @@ class _Log:
             if update not in earlier:
                 self.taken[key] = (*earlier, update)
         elif kind == "trained" and update is not None:
-            self.trained[key] = self.trained.get(key, 0) + 1
+            self.trained[key] = (*self.trained.get(key, ()), update)
             group = (key[0], key[1], key[3])
             if self.first_update.setdefault(group, update) != update:
                 self.split_groups.add(group)
         elif kind == "dropped":
             self.drops[event.reason or "no reason"] += 1
+
+    def resume(self, life: int, version: int) -> None:
+        """Another life goes on from `version`: updates from there on have not been. Every node says so once."""
+        if life == self.life:
+            return
+        self.life = life
+        self.undone += sum(update >= version for updates in self.trained.values() for update in updates)
+        self.trained = _before(version, self.trained)
+        self.taken = _before(version, self.taken)
+        self.first_update = {group: update for group, update in self.first_update.items() if update < version}
+
+
+def _before(version: int, updates_of: dict[Key, tuple[int, ...]]) -> dict[Key, tuple[int, ...]]:
+    kept = {key: tuple(update for update in updates if update < version) for key, updates in updates_of.items()}
+    return {key: updates for key, updates in kept.items() if updates}
 
 
 def check(events: Iterable[Event], bound: int | None) -> Findings:
@@ -117,7 +140,9 @@ def check(events: Iterable[Event], bound: int | None) -> Findings:
         counts=dict(sorted(log.counts.items())),
         drops=log.drops,
         violations=violations + _trained_unseen(log),
-        trained_twice=[key for key, times in log.trained.items() if times > 1],
+        trained_twice=[key for key, updates in log.trained.items() if len(updates) > 1],
+        lives=log.life + 1,
+        undone=log.undone,
         split_groups=sorted(log.split_groups),
     )
 
@@ -163,6 +188,8 @@ def describe(findings: Findings, most: int = 20) -> str:
     histogram = ", ".join(f"{staleness}: {count}" for staleness, count in sorted(findings.rows_by_staleness.items()))
     bound = "unknown" if findings.bound is None else findings.bound
     lines.append(f"staleness of rows taken: {histogram or 'none taken'} (bound {bound})")
+    if findings.lives > 1:
+        lines.append(f"lives: {findings.lives}; rows trained in updates that were undone: {findings.undone}")
     lines += _listed("violations", findings.violations, most)
     lines += _listed("rows trained twice", [list(key) for key in findings.trained_twice], most)
     lines += _listed("groups split over updates", [list(group) for group in findings.split_groups], most)

@@ -31,14 +31,18 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """temperature 0 is greedy. `stop_token_ids` end a response and are part of it."""
+    """temperature 0 is greedy. `stop_token_ids` end a response and are part of it; so does the token that completes one
+    of `stop_strings` in the response's text. repetition_penalty: the logits of tokens that the response has already are
+    divided by it, or multiplied where negative (Keskar et al. 2019, without the prompt); 1 turns it off."""
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
     stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -52,6 +56,10 @@ class SamplingParams:
             raise ValueError(f"top_k: {self.top_k}; 0 turns it off, otherwise at least 1")
         if not 0 <= self.min_p < 1:
             raise ValueError(f"min_p: {self.min_p}; must be in [0, 1)")
+        if not self.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty: {self.repetition_penalty}; must be positive, 1 turns it off")
+        if "" in self.stop_strings:
+            raise ValueError(f"stop_strings: {self.stop_strings}; an empty one would end every response at once")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +73,8 @@ class GenerateRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """tokens: int32 (T,). logprobs: float32 (T,), at the sampling temperature, before top-p, top-k and min-p. versions:
-    int32 (T,), the weights that sampled each token, as the engine says."""
+    """tokens: int32 (T,). logprobs: float32 (T,), at the sampling temperature and after the repetition penalty, before
+    top-p, top-k and min-p. versions: int32 (T,), the weights that sampled each token, as the engine says."""
 
     tokens: np.ndarray
     logprobs: np.ndarray

@@ -22,8 +22,11 @@ def make_engine(recipe: Recipe, context: WorkerContext, longest_prompt: int) -> 
             device=context.devices[0].partition(":")[0],
             server_args={"dtype": recipe.model.dtype, **rollout.server_args},
             log_path=context.run_dir / "logs" / f"{context.name}.sglang.log",
+            servers=rollout.servers,
+            urls=rollout.urls,
+            is_spread=rollout.spread_groups,
         )
-    return _embedded(recipe, context, rollout.concurrency * rollout.group_size, longest_prompt)
+    return _embedded(recipe, context, rollout.concurrency * (rollout.group_size + rollout.redundancy), longest_prompt)
 
 
 def make_evaluation_engine(recipe: Recipe, context: WorkerContext, longest_prompt: int) -> Engine:

@@ -16,11 +16,14 @@ from typing import Any
 from controllers.context import WorkerContext
 from controllers.messages import FINISHED_TOPIC
 from flowrl.config import Recipe, load
+from flowrl.config.recipe import takes_episode_reward
 from flowrl.data.datasets import Example, load_splits
-from flowrl.data.prompts import PromptEncoder
 from flowrl.rewards.function import load_reward
 from flowrl.rollout.engine import GenerateRequest, SamplingParams
 from flowrl.rollout.engines import make_evaluation_engine
+from flowrl.rollout.episodes import Failure, Trajectory
+from flowrl.rollout.episodes.runner import EpisodeRunner
+from flowrl.rollout.episodes.trajectory import last_turn
 from flowrl.weights.place import EVALUATION_PIN, weights_root
 from flowrl.weights.store import WeightStore
 
@@ -35,17 +38,18 @@ class Evaluation:
         self.context = context
         self.settings = recipe.eval
         self.recipe = recipe
-        self.encoder = PromptEncoder(recipe.model.path, recipe.data.max_prompt_tokens)
+        self.episodes = EpisodeRunner(recipe, context.log)
         held_out = load_splits(recipe.data, recipe.eval).held_out
-        encoded = self.encoder.encode_all(held_out)
+        encoded = self.episodes.encoder.encode_all(held_out)
         self.prompts = encoded.prompts[: recipe.eval.limit]
         self.examples: list[Example] = [held_out[index] for index in encoded.indices[: recipe.eval.limit]]
-        self.reward = load_reward(recipe.reward, Path.cwd())
-        self.engine = make_evaluation_engine(recipe, context, max(map(len, self.prompts)))
+        self.reward = None if takes_episode_reward(recipe) else load_reward(recipe.reward, Path.cwd())
+        longest = max(map(len, self.prompts)) if recipe.rollout.environment is None else recipe.data.max_prompt_tokens
+        self.engine = make_evaluation_engine(recipe, context, longest)
         self.sampling = SamplingParams(
             max_tokens=recipe.rollout.max_tokens,
             temperature=recipe.eval.temperature,
-            stop_token_ids=self.encoder.stop_token_ids,
+            stop_token_ids=self.episodes.encoder.stop_token_ids,
         )
 
     async def run(self) -> None:
@@ -76,6 +80,21 @@ class Evaluation:
                 await news.wait()
             news.clear()
         await self.engine.close()
+        self.episodes.close()
+
+    def _accuracies(self, examples: list[Example], outcomes: list[Trajectory | Failure]) -> list[float]:
+        """One for each; a failed episode solved nothing."""
+        done = [(at, outcome) for at, outcome in enumerate(outcomes) if isinstance(outcome, Trajectory)]
+        accuracies = [0.0] * len(outcomes)
+        if self.reward is None:
+            for at, trajectory in done:
+                accuracies[at] = float((trajectory.reward or 0.0) >= 1.0)
+            return accuracies
+        answers = [self.episodes.encoder.decode(last_turn(one.tokens, one.mask)) for _, one in done]
+        scores = self.reward([examples[at] for at, _ in done], answers)
+        for (at, _), score in zip(done, scores, strict=True):
+            accuracies[at] = score.accuracy
+        return accuracies
 
     async def _evaluate(self, version: int, path: Path) -> None:
         if self.engine.version < 0:
@@ -91,12 +110,14 @@ class Evaluation:
             for index, prompt in enumerate(self.prompts)
             for sample in range(self.settings.samples)
         ]
-        generations = await asyncio.gather(*(self.engine.generate(request) for request in requests))
-        stale = {int(other) for generation in generations for other in generation.versions} - {version}
-        assert not stale, f"evaluation of version {version} sampled tokens of versions {sorted(stale)}"
         examples = [example for example in self.examples for _ in range(self.settings.samples)]
-        scores = self.reward(examples, [self.encoder.decode(generation.tokens) for generation in generations])
-        accuracy = statistics.fmean(score.accuracy for score in scores)
+        outcomes = await asyncio.gather(
+            *(self.episodes.run(self.engine, *one) for one in zip(requests, examples, strict=True))
+        )
+        trajectories = [outcome for outcome in outcomes if isinstance(outcome, Trajectory)]
+        stale = {other for trajectory in trajectories for other, _ in trajectory.spans()} - {version}
+        assert not stale, f"evaluation of version {version} sampled tokens of versions {sorted(stale)}"
+        accuracy = statistics.fmean(self._accuracies(examples, outcomes))
         source = self.examples[0].data_source
         name = f"val-core/{source}/acc/mean@{self.settings.samples}"
         self.context.report({name: accuracy, "eval/version": float(version)}, version)

@@ -4,7 +4,7 @@
     _deliver  put what has finished since the last put
     _follow   new weights: load between two decode steps, then announce the version to the queue
 
-Owns the engine and the order of these acts. What an episode is: `flowrl/rollout/episodes.py`. How tokens are made: the
+Owns the engine and the order of these acts. What an episode is: `flowrl/rollout/episodes/`. How tokens are made: the
 engine. Whether there is room: the queue.
 """
 
@@ -12,21 +12,25 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from controllers.context import WorkerContext
-from controllers.dotted import load_attribute
-from controllers.eventlog import EventLog
 from flowrl.config import Recipe, load
+from flowrl.config.recipe import hands_over_batches, is_strict
 from flowrl.data.datasets import load_splits
 from flowrl.data.order import prompt_at
 from flowrl.data.prompts import PromptEncoder
+from flowrl.determinism import fix_kernels
 from flowrl.rollout.engine import Engine, FinishReason, GenerateRequest, PauseMode, SamplingParams
 from flowrl.rollout.engines import make_engine
-from flowrl.rollout.episodes import Episode, Trajectory
+from flowrl.rollout.episodes import Failure, Trajectory
+from flowrl.rollout.episodes.runner import EpisodeRunner
+from flowrl.rollout.scheduling.groups import first_to_end
+from flowrl.rollout.shares import Shares
 from transfer_queue.client import AsyncQueueClient
 from transfer_queue.rows import Column, RowKey
 from transfer_queue.wire import Reservation
@@ -38,26 +42,29 @@ FINISH_CODES = {FinishReason.STOP: 0, FinishReason.LENGTH: 1, FinishReason.ABORT
 
 def main(context: WorkerContext) -> None:
     recipe = load(context.payload["recipe"])
-    prompts = Prompts(recipe)
+    fix_kernels(recipe)
+    episodes = EpisodeRunner(recipe, context.log, context.report)
+    prompts = Prompts(recipe, episodes.encoder)
     context.report({"data/prompts": float(len(prompts.tokens)), "data/prompts_dropped": float(prompts.dropped)})
     if prompts.dropped:
         limit = recipe.data.max_prompt_tokens
         context.log(f"{prompts.dropped} prompts dropped: longer than data.max_prompt_tokens={limit}")
-    asyncio.run(RolloutStage(context, recipe, prompts).run())
+    asyncio.run(RolloutStage(context, recipe, prompts, episodes).run())
 
 
 class Prompts:
     """The training prompts as tokens; a group's number says which is its own."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        encoder = PromptEncoder(recipe.model.path, recipe.data.max_prompt_tokens)
-        encoded = encoder.encode_all(load_splits(recipe.data, recipe.eval).train)
+    def __init__(self, recipe: Recipe, encoder: PromptEncoder) -> None:
+        self.examples = load_splits(recipe.data, recipe.eval).train
+        encoded = encoder.encode_all(self.examples)
         self.stop_token_ids = encoder.stop_token_ids
         self.dropped = encoded.dropped
         self.tokens = encoded.prompts
         self.indices = encoded.indices
         self.seed = recipe.train.seed
-        self.longest = max(map(len, self.tokens))
+        has_others = recipe.rollout.environment is not None  # it may put its own in their place
+        self.longest = recipe.data.max_prompt_tokens if has_others else max(map(len, self.tokens))
 
     def of_group(self, group: int) -> tuple[int, tuple[int, ...]]:
         """Row of the data set, and token ids."""
@@ -68,18 +75,22 @@ class Prompts:
 class RolloutStage:
     """Lives in one asyncio loop. A group is running from its reservation until its last sample has finished."""
 
-    def __init__(self, context: WorkerContext, recipe: Recipe, prompts: Prompts) -> None:
+    def __init__(self, context: WorkerContext, recipe: Recipe, prompts: Prompts, episodes: EpisodeRunner) -> None:
         self.context = context
         self.recipe = recipe
         self.prompts = prompts
-        self.engine: Engine = make_engine(recipe, context, prompts.longest)
-        self.episode: Episode = load_attribute(recipe.rollout.episode)
+        self.episodes = episodes
+        self.engine: Engine = episodes.serving(make_engine(recipe, context, prompts.longest))
         self.sampling = SamplingParams(
             max_tokens=recipe.rollout.max_tokens,
             temperature=recipe.rollout.temperature,
             stop_token_ids=prompts.stop_token_ids,
+            stop_strings=tuple(recipe.rollout.stop_strings),
         )
-        self.events = EventLog(context.run_dir / "events.jsonl", context.node)
+        self.events = context.event_log()
+        # Reserved whole and put whole where the recipe says so; new weights are loaded in between.
+        self.shares = Shares(context, recipe, self.row_bytes) if hands_over_batches(recipe) else None
+        self.takes_weights = asyncio.Lock()
         self.running_groups = 0
         self.has_place = asyncio.Event()
         self.finished: list[tuple[RowKey, int, tuple[int, ...], Trajectory]] = []
@@ -94,26 +105,27 @@ class RolloutStage:
         await self.engine.start(Path(first["path"]), first["version"])
         queue = AsyncQueueClient(self.context.queue_endpoints, secret=self.context.queue_secret)
         try:
-            await queue.announce(self.context.name, self.engine.version)
+            await self._announce(queue)
             self.context.ready()
             async with asyncio.TaskGroup() as tasks:
                 loops = [
-                    tasks.create_task(self._admit(queue, tasks)),
+                    tasks.create_task(self._admit(queue, tasks) if self.shares is None else self._admit_shares(queue)),
                     tasks.create_task(self._deliver(queue)),
                     tasks.create_task(self._follow(queue, published)),
                 ]
                 await loop.run_in_executor(None, self.context.stopping.wait)
                 for task in loops:
                     task.cancel()
+                self.episodes.stop()
                 await self.engine.abort()
         finally:
             await queue.close()
             await self.engine.close()
+            self.episodes.close()
             self.events.close()
 
     async def _admit(self, queue: AsyncQueueClient, tasks: asyncio.TaskGroup) -> None:
         rollout = self.recipe.rollout
-        row_bytes = BYTES_PER_RESPONSE_TOKEN * rollout.max_tokens + 4 * self.prompts.longest + 32
         while True:
             places = rollout.concurrency - self.running_groups
             if places == 0:
@@ -123,34 +135,76 @@ class RolloutStage:
                 continue
             with self.context.waiting_for("room in the queue"):
                 reservations = await queue.reserve(
-                    self.context.name, places, rollout.group_size, row_bytes=row_bytes, wait_s=RESERVE_WAIT_S
+                    self.context.name, places, rollout.group_size, row_bytes=self.row_bytes, wait_s=RESERVE_WAIT_S
                 )
             self.running_groups += len(reservations)
             for reservation in reservations:
-                tasks.create_task(self._sample_group(reservation, tasks))
+                tasks.create_task(self._sample_group(reservation, queue))
 
-    async def _sample_group(self, reservation: Reservation, tasks: asyncio.TaskGroup) -> None:
-        group, attempt = reservation.group, reservation.attempt
-        index, prompt = self.prompts.of_group(group)
-        samples = [
-            tasks.create_task(self._sample(RowKey(reservation.partition, group, place, attempt), index, prompt))
-            for place in range(reservation.group_size)
-        ]
-        await asyncio.gather(*samples)
+    async def _admit_shares(self, queue: AsyncQueueClient) -> None:
+        """One whole share after the other; its samples reach the engine together, and the queue together."""
+        assert self.shares is not None, "only where batches are handed over"
+        self.shares.listen()
+        while True:
+            share = await self.shares.reserve(queue)
+            async with self.takes_weights:
+                samples = [
+                    self._sample(key, *self.prompts.of_group(reservation.group))
+                    for reservation in share
+                    for key in reservation.keys
+                ]
+                failures = [failure for failure in await asyncio.gather(*samples) if failure is not None]
+                if failures:
+                    raise RuntimeError(f"an episode failed, and its share is not whole: {failures[0]}")
+                self.has_finished.set()
+
+    async def _sample_group(self, reservation: Reservation, queue: AsyncQueueClient) -> None:
+        """A group is whole or nothing: where too many episodes fail the others end, and its prompt is tried again."""
+        index, prompt = self.prompts.of_group(reservation.group)
+        keys = reservation.keys
+        for key in keys:
+            self.events.write("dispatched", key, version=self.engine.version)
+        candidates = [self._generate(key, index, prompt) for key in (*keys, *self._spares(reservation))]
+        failure = await first_to_end(
+            candidates, len(keys), lambda place, trajectory: self._finish(keys[place], index, prompt, trajectory)
+        )
+        if failure is not None:
+            await queue.drop(keys[:1], f"episode_failed:{failure.reason}", again=True)
         self.running_groups -= 1
         self.has_place.set()
 
-    async def _sample(self, key: RowKey, index: int, prompt: tuple[int, ...]) -> None:
+    def _spares(self, reservation: Reservation) -> list[RowKey]:
+        """Names of samples beyond those that are reserved; the queue never hears of them."""
+        size = reservation.group_size
+        places = range(size, size + self.recipe.rollout.redundancy)
+        return [RowKey(reservation.partition, reservation.group, place, reservation.attempt) for place in places]
+
+    async def _sample(self, key: RowKey, index: int, prompt: tuple[int, ...]) -> Failure | None:
         self.events.write("dispatched", key, version=self.engine.version)
+        outcome = await self._generate(key, index, prompt)
+        if isinstance(outcome, Failure):
+            return outcome
+        self._finish(key, index, prompt, outcome)
+        return None
+
+    async def _generate(self, key: RowKey, index: int, prompt: tuple[int, ...]) -> Trajectory | Failure:
         request = GenerateRequest(
             request_id=f"{key.group}.{key.index}.{key.attempt}",
             tokens=prompt,
-            sampling=dataclasses.replace(self.sampling, seed=sample_seed(self.recipe.train.seed, key)),
+            sampling=dataclasses.replace(self.sampling, seed=self._seed(key)),
         )
-        trajectory = await self.episode(self.engine, request)
+        return await self.episodes.run(self.engine, request, self.prompts.examples[index])
+
+    def _finish(self, key: RowKey, index: int, prompt: tuple[int, ...], trajectory: Trajectory) -> None:
         self.events.write("sampled", key, versions=trajectory.spans())
-        self.finished.append((key, index, prompt, trajectory))
-        self.has_finished.set()
+        self.finished.append((key, index, trajectory.prompt or prompt, trajectory))
+        if self.shares is None:
+            self.has_finished.set()
+
+    def _seed(self, key: RowKey) -> int:
+        """Of a run that is to be repeatable, the attempt is no part: it tells of accidents."""
+        seeded = key if not is_strict(self.recipe) else RowKey(key.partition, key.group, key.index)
+        return sample_seed(self.recipe.train.seed, seeded)
 
     async def _deliver(self, queue: AsyncQueueClient) -> None:
         """One put for all that finished since the last: rows never wait for each other, and small puts are few."""
@@ -172,8 +226,19 @@ class RolloutStage:
                 news = published.get_nowait()
             if news["version"] <= self.engine.version:
                 continue
-            await self.engine.load_weights(Path(news["path"]), news["version"], mode)
-            await queue.announce(self.context.name, self.engine.version)
+            async with self.takes_weights:
+                await self.engine.load_weights(Path(news["path"]), news["version"], mode)
+            await self._announce(queue)
+
+    async def _announce(self, queue: AsyncQueueClient) -> None:
+        await queue.announce(self.context.name, self.engine.version)
+        if self.shares is not None:
+            self.shares.loaded(self.engine.version)
+
+    @property
+    def row_bytes(self) -> int:
+        """The most that a row's columns take."""
+        return BYTES_PER_RESPONSE_TOKEN * self.recipe.rollout.max_tokens + 4 * self.prompts.longest + 32
 
 
 def sample_seed(run_seed: int, key: RowKey) -> int:
@@ -194,4 +259,11 @@ def columns_of(batch: list[tuple[RowKey, int, tuple[int, ...], Trajectory]]) -> 
         "finish_reason": Column.scalars(
             [FINISH_CODES[trajectory.finish_reason] for trajectory in trajectories], "uint8"
         ),
+        **_episode_rewards(trajectories),
     }
+
+
+def _episode_rewards(trajectories: Sequence[Trajectory]) -> dict[str, Column]:
+    """A column only where episodes give rewards; then all do."""
+    rewards = [trajectory.reward for trajectory in trajectories if trajectory.reward is not None]
+    return {"episode_reward": Column.scalars(rewards, "float32")} if rewards else {}

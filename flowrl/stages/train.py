@@ -10,32 +10,48 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import msgspec
+import numpy as np
+import torch
 
 from controllers.context import WorkerContext
 from controllers.eventlog import EventLog
 from controllers.messages import FINISHED_TOPIC
+from controllers.roster import installed_versions
+from controllers.shard import CURSORS_FILE
 from flowrl.config import Recipe, load
+from flowrl.config.recipe import is_strict
+from flowrl.determinism import fix_kernels
+from flowrl.replay.record import RECORD_DIR, Beginning, RecordWriter
+from flowrl.stages.relay import HOLDINGS_TOPIC, written_topic
 from flowrl.stages.warm_start import warm_start
 from flowrl.trainer import checkpoint
 from flowrl.trainer.batch_metrics import BatchMetrics
+from flowrl.trainer.companions import make_critic, make_reference
+from flowrl.trainer.dump import dumping
 from flowrl.trainer.model import load_policy
 from flowrl.trainer.packing import samples_from_rows
+from flowrl.trainer.share import sorted_share
 from flowrl.trainer.update import PolicyTrainer
 from flowrl.trainer.world import World, join
-from flowrl.weights.place import EVALUATION_PIN, weights_root
+from flowrl.weights.place import Route, pin_of, written_root
 from flowrl.weights.publish import Publisher
 from flowrl.weights.store import WeightStore
 from transfer_queue.client import QueueClient
+from transfer_queue.cursor import cursor_of
 from transfer_queue.rows import RowKey, Rows
 
 TAKE_WAIT_S = 10.0
-INCARNATION = 0
 
 
 def main(context: WorkerContext) -> None:
     recipe = load(context.payload["recipe"])
+    fix_kernels(recipe)
     if context.num_nodes == 1:
         meeting: dict[str, Any] = {"file": context.session_dir / "trainer-world"}
     else:
@@ -66,53 +82,142 @@ class TrainStage:
             world,
             compute_dtype=recipe.train.compute_dtype,
             temperature=recipe.rollout.temperature,
+            activation_checkpointing=recipe.train.activation_checkpointing,
+            offload=recipe.train.offload,
+            lora=recipe.model.lora,
         )
         # One rank a node writes to the node's tmpfs; one in all to a directory that all nodes see.
         writes = context.index == 0 and (recipe.weights.transport == "shared_memory" or context.rank == 0)
-        root = weights_root(recipe, context.session_dir)
-        self.store = WeightStore(root, recipe.weights.buffers) if writes else None
-        self.publisher = Publisher(self.policy.lm, Path(recipe.model.path), self.store, recipe.model.dtype)
-        self.metrics = BatchMetrics(recipe.rollout.group_size)
+        self.route = Route.from_payload(context.payload)
+        self.has_relays = recipe.weights.transport == "shared_memory" and self.route.needs_relays
+        root = written_root(recipe, context.session_dir, self.route)
+        self.publisher = Publisher(
+            self.policy.published,
+            Path(recipe.model.path),
+            WeightStore(root, recipe.weights.buffers) if writes else None,
+            recipe.model.dtype,
+            is_pooled=recipe.weights.transport == "shared_memory",
+            on_published=self.announce_version,
+        )
+        if recipe.weights.check_first_sync:
+            self.publisher.check_names()
+        self.events: EventLog | None = None
+        self.record: RecordWriter | None = None
+        self.first_version = 0
+        self.started = 0.0
+        self.metrics = BatchMetrics(
+            recipe.rollout.group_size, has_advantage=not recipe.algorithm.estimates_in_trainer
+        )
 
     def run(self) -> None:
-        recipe = self.recipe
         self.context.ready()
-        if recipe.warm_start is not None:
-            warm_start(self.context, recipe, self.policy, self.publisher, self.world)
-            self.publisher.export(self.context.run_dir / "warm_start", writes=self.context.rank == 0)
-        trainer = PolicyTrainer(self.policy, self.world, recipe.train, recipe.algorithm)
+        trainer = self.begin()
+        self.first_version = trainer.step
+        if self.context.life and self.context.rank == 0 and self.recipe.weights.transport == "disk":
+            # An earlier life has left there what this one will publish.
+            root = written_root(self.recipe, self.context.session_dir, self.route)
+            WeightStore(root, self.recipe.weights.buffers).discard_newer_than(trainer.step - 1)
         queue = QueueClient(self.context.queue_endpoints, secret=self.context.queue_secret)
-        events = EventLog(self.context.run_dir / "events.jsonl", self.context.node)
-        with queue, events:
-            self.publish(0, events)
-            started = time.monotonic()
+        events = self.context.event_log()
+        with queue, events, closing(self.publisher), self.recording(trainer):
+            self.publish(trainer.step, events)
             try:
-                for update in range(recipe.train.steps):
+                for update in range(trainer.step, self.recipe.train.steps):
                     self.update(update, trainer, queue, events)
-                    self.save(update + 1, trainer)
+                    self.save(update + 1, trainer, queue, events)
             except Stopped:
                 self.context.log("stopped before the last update")
                 return
-            self.finish(time.monotonic() - started)
+            self.finish(time.monotonic() - self.started)
+
+    def begin(self) -> PolicyTrainer:
+        """The trainer as the checkpoint has it that this life goes on from, or before the first update."""
+        recipe, run_dir = self.recipe, self.context.run_dir
+        if self.context.restore_from is not None:
+            trainer = self.make_trainer(run_dir)
+            extra = checkpoint.load(self.context.restore_from, trainer)
+            self.metrics.restore(extra["staleness"])
+            trainer.objective.kl_coef.value = extra["kl_coef"]
+            self.started = time.monotonic() - extra["rl_s"]
+            return trainer
+        if recipe.warm_start is not None:
+            warm_start(self.context, recipe, self.policy, self.publisher, self.world)
+            self.publisher.export(run_dir / "warm_start", writes=self.context.rank == 0)
+        trainer = self.make_trainer(run_dir)
+        if recipe.run.record:
+            checkpoint.save(run_dir / RECORD_DIR, trainer, self.world, extra={}, keep=1)
+        self.started = time.monotonic()
+        return trainer
+
+    def make_trainer(self, run_dir: Path) -> PolicyTrainer:
+        """From the policy as it is now. run_dir: of the run whose warm start, if it had one, came before."""
+        recipe = self.recipe
+        return PolicyTrainer(
+            self.policy,
+            self.world,
+            recipe.train,
+            recipe.algorithm,
+            max_response_tokens=recipe.rollout.max_tokens,
+            critic=make_critic(recipe, self.world, run_dir / "warm_start"),
+            reference=make_reference(recipe, self.world, run_dir / "warm_start"),
+        )
+
+    @contextmanager
+    def recording(self, trainer: PolicyTrainer) -> Iterator[None]:
+        """Inside, what updates consume is written down, if the recipe says so."""
+        if not self.recipe.run.record:
+            yield
+            return
+        context = self.context
+        beginning = Beginning(
+            rank=context.rank,
+            world_size=context.world_size,
+            life=context.life,
+            step=trainer.step,
+            device=context.devices[0].partition(":")[0],
+            threads=context.threads,
+            versions=installed_versions(),
+        )
+        with RecordWriter(context.run_dir / RECORD_DIR, beginning) as self.record:
+            yield
 
     def update(self, update: int, trainer: PolicyTrainer, queue: QueueClient, events: EventLog) -> None:
         started = time.monotonic()
         trainer.begin_update()
         keys: list[RowKey] = []
-        for rows in self.ready_rows(queue, update):
+        torch.manual_seed(update_seed(self.recipe.train.seed, update, self.world.rank))
+        for rows in self.batch(queue, update):
+            if self.record is not None:
+                self.record.consumed(update, rows)
             trainer.accumulate(samples_from_rows(rows))
             self.metrics.add(rows, update)
             keys += rows.keys
-        measured = trainer.end_update()
-        queue.commit(INCARNATION, update, keys)
-        for key in keys:
-            events.write("trained", key, update=update)
+        with dumping(self.context.run_dir, update, self.world.rank):
+            measured = trainer.end_update()
+        if self.record is not None:
+            self.record.updated(update, dict(self.policy.lm.named_parameters()))
+        self.commit(update, keys, queue, events)
         trained = time.monotonic()
         self.publish(update + 1, events)
         measured |= self.metrics.reduce(self.world, time.monotonic() - started)
         measured["timing_s/update_weights"] = time.monotonic() - trained
         if self.context.rank == 0:
             self.context.report(measured, update + 1)
+
+    def commit(self, update: int, keys: list[RowKey], queue: QueueClient, events: EventLog) -> None:
+        queue.commit(self.context.life, update, keys)
+        for key in keys:
+            events.write("trained", key, update=update)
+
+    def batch(self, queue: QueueClient, update: int) -> Iterator[Rows]:
+        """This rank's rows of the update: as they come, or, if runs are to be repeatable, its share of the sorted
+        whole."""
+        if not is_strict(self.recipe):
+            yield from self.ready_rows(queue, update)
+            return
+        share = sorted_share(self.ready_rows(queue, update), self.world)
+        if len(share):
+            yield share
 
     def ready_rows(self, queue: QueueClient, update: int) -> Iterator[Rows]:
         """What the queue has for this update, gathered to a micro-batch's size, until the update is full."""
@@ -122,7 +227,9 @@ class TrainStage:
         while not is_closed:
             started = time.monotonic()
             with self.context.waiting_for(f"rows for update {update}"):
-                taken = queue.take("train", max_rows=self.max_rows, update=update, wait_s=TAKE_WAIT_S)
+                taken = queue.take(
+                    "train", max_rows=self.max_rows, update=update, incarnation=self.context.life, wait_s=TAKE_WAIT_S
+                )
             self.metrics.waited(time.monotonic() - started)
             if self.context.stopping.is_set():
                 raise Stopped
@@ -140,26 +247,44 @@ class TrainStage:
         return max(1, self.recipe.train.batch_groups // parts) * self.recipe.rollout.group_size
 
     def publish(self, version: int, events: EventLog) -> None:
-        """Makes the version visible to this node's engines, or to all through a shared directory."""
-        path = self.publisher.publish(version)
-        if path is None or self.store is None:
-            return
-        if self.context.rank == 0:
-            if self.is_evaluated(version):
-                self.store.pin(version, EVALUATION_PIN)
-            events.write("published", version=version)
-        is_shared = self.recipe.weights.transport == "disk"
-        self.context.announce("published", {"version": version, "path": str(path)}, everywhere=is_shared)
+        """Makes the version visible to this node's engines, to its relay, or to all through a shared directory; if
+        readers hold all buffers, that comes later, and training goes on."""
+        self.events = events
+        node = self.context.node
+        is_whole = self.context.rank == 0 and (len(self.route.trainer) == 1 or not self.has_relays)
+        self.publisher.publish(version, pin=pin_of(self.recipe, version, node) if is_whole else "")
+        if version == self.first_version and self.context.rank == 0 and self.has_relays:
+            self.context.announce(HOLDINGS_TOPIC, msgspec.to_builtins(self.publisher.holdings(self.route.trainer)))
 
-    def save(self, step: int, trainer: PolicyTrainer) -> None:
+    def announce_version(self, version: int, path: Path) -> None:
+        """The version is there to be read. Possibly in the publisher's own thread."""
+        if self.context.rank == 0:
+            assert self.events is not None, "announced before it was published"
+            self.events.write("published", version=version)
+        news = {"version": version, "path": str(path)}
+        if self.has_relays:
+            self.context.announce(written_topic(self.context.node), news)
+        if not self.has_relays or self.route.trainer == (self.context.node,):
+            self.context.announce("published", news, everywhere=self.recipe.weights.transport == "disk")
+
+    def save(self, step: int, trainer: PolicyTrainer, queue: QueueClient, events: EventLog) -> None:
         every = self.recipe.run.checkpoint_every
         if step == self.recipe.train.steps or (every and step % every == 0):
             directory = self.context.run_dir / "checkpoints"
-            checkpoint.save(directory, trainer, self.world, extra={}, keep=self.recipe.run.checkpoints_kept)
-
-    def is_evaluated(self, version: int) -> bool:
-        evaluation, last = self.recipe.eval, self.recipe.train.steps
-        return evaluation is not None and (version % evaluation.every == 0 or version == last)
+            extra = {
+                "staleness": self.metrics.state(),
+                "rl_s": time.monotonic() - self.started,
+                "kl_coef": trainer.objective.kl_coef.value,
+            }
+            events.flush()  # the log tells of all that a checkpoint covers
+            checkpoint.save(
+                directory,
+                trainer,
+                self.world,
+                extra=extra,
+                keep=self.recipe.run.checkpoints_kept,
+                beside=partial(save_cursors, queue),
+            )
 
     def finish(self, rl_s: float) -> None:
         """Leaves the trained model as a Hugging Face directory, and says that training is over."""
@@ -171,6 +296,17 @@ class TrainStage:
         self.context.announce("trained", summary | self.metrics.staleness())
         if self.recipe.eval is None:
             self.context.announce(FINISHED_TOPIC, {"version": steps})
+
+
+def save_cursors(queue: QueueClient, directory: Path) -> None:
+    """What of the data is still to be done, at a moment when no rank takes rows."""
+    shards = [report["partitions"]["train"] for report in queue.introspect().values()]
+    (directory / CURSORS_FILE).write_bytes(msgspec.json.encode({"train": cursor_of(shards)}))
+
+
+def update_seed(run_seed: int, update: int, rank: int) -> int:
+    """Of torch's random stream in an update, where anything draws from it: a resumed run has it without saving it."""
+    return int(np.random.SeedSequence((run_seed, update, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def num_tokens(rows: Rows) -> int:

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from flowrl.trainer.model import Policy, fsdp_modules
+from torch import nn
+
+from flowrl.trainer.sharding import fsdp_modules, keep_gathered
 
 
 class Accumulation:
-    """Owns the sharding state of `policy` during an update; the parameters must fit unsharded."""
+    """Owns the sharding state of `root` during an update; the parameters must fit unsharded."""
 
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
-        self._modules = fsdp_modules(policy)
+    def __init__(self, root: nn.Module) -> None:
+        self._modules = fsdp_modules(root)
         self.is_open = False
-        for module in self._modules:
-            module.set_reshard_after_forward(False, recurse=False)
-            module.set_reshard_after_backward(False, recurse=False)
+        keep_gathered(root)
 
     def begin(self) -> None:
         """A collective: gathers the parameters."""

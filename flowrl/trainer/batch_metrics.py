@@ -5,6 +5,8 @@ The largest staleness is counted here from the tokens' own versions, by code tha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -12,6 +14,7 @@ from flowrl.trainer.totals import Totals
 from flowrl.trainer.world import World
 from transfer_queue.rows import Column, Rows
 
+ADVANTAGES = "critic/advantages"
 STALENESS = "training/off_policy/trajectory_staleness"
 FINISHED_BY_LENGTH = 1
 
@@ -19,8 +22,10 @@ FINISHED_BY_LENGTH = 1
 class BatchMetrics:
     """add and waited during an update, reduce at its end; staleness over all updates."""
 
-    def __init__(self, group_size: int) -> None:
+    def __init__(self, group_size: int, *, has_advantage: bool = True) -> None:
+        """has_advantage: the rows bring theirs; otherwise the trainer computes and reports them."""
         self._group_size = group_size
+        self._measured = MEASURED if has_advantage else tuple(name for name in MEASURED if name != ADVANTAGES)
         self._totals = self._fresh()
         self._max_staleness = 0
         self._sum_staleness = 0.0
@@ -33,7 +38,8 @@ class BatchMetrics:
         oldest_B = np.minimum.reduceat(versions.values, versions.offsets[:-1])
         newest_B = np.maximum.reduceat(versions.values, versions.offsets[:-1])
         self._measure("critic/score", score_B)
-        self._measure("critic/advantages", rows["advantage"].values)
+        if ADVANTAGES in self._measured:
+            self._measure(ADVANTAGES, rows["advantage"].values)
         self._measure("response_length", rows["response_tokens"].lengths)
         self._measure("prompt_length", rows["prompt_tokens"].lengths)
         self._measure(STALENESS, update - oldest_B)
@@ -52,7 +58,7 @@ class BatchMetrics:
         self._totals = self._fresh()
         num_rows = max(1.0, totals["rows"])
         found: dict[str, float] = {}
-        for name in MEASURED:
+        for name in self._measured:
             found[f"{name}/mean"] = totals[f"{name}/sum"] / num_rows
             found[f"{name}/max"] = totals[f"{name}/max"]
             found[f"{name}/min"] = -totals[f"{name}/-min"]
@@ -76,6 +82,13 @@ class BatchMetrics:
             "mean_staleness": round(self._sum_staleness / max(1.0, self._num_rows), 4),
         }
 
+    def state(self) -> list[float]:
+        """What `staleness` tells from, to go on from a checkpoint."""
+        return [self._max_staleness, self._sum_staleness, self._num_rows]
+
+    def restore(self, state: Sequence[float]) -> None:
+        self._max_staleness, self._sum_staleness, self._num_rows = int(state[0]), state[1], state[2]
+
     def _measure(self, name: str, value_B: np.ndarray) -> None:
         self._totals.add(f"{name}/sum", float(value_B.sum()))
         self._totals.maximum(f"{name}/max", torch.tensor(float(value_B.max()), dtype=torch.float64))
@@ -84,7 +97,7 @@ class BatchMetrics:
     def _fresh(self) -> Totals:
         """With every name there, because ranks that saw no row must reduce the same ones."""
         totals = Totals()
-        for name in MEASURED:
+        for name in self._measured:
             totals.add(f"{name}/sum", 0.0)
             totals.maximum(f"{name}/max", torch.tensor(-torch.inf, dtype=torch.float64))
             totals.maximum(f"{name}/-min", torch.tensor(-torch.inf, dtype=torch.float64))
@@ -95,7 +108,7 @@ class BatchMetrics:
 
 MEASURED = (
     "critic/score",
-    "critic/advantages",
+    ADVANTAGES,
     "response_length",
     "prompt_length",
     STALENESS,

@@ -3,7 +3,7 @@
 Shapes: R tokens; H hidden size; V vocabulary; C tokens of one chunk.
 
 Forward and backward go over chunks of tokens, small enough that C x V stays within a fixed number of elements; the
-backward computes the logits of its chunk anew. Entropy is a measurement: no gradient flows through it.
+backward computes the logits of its chunk anew. Entropy costs the backward nothing where nobody asks for its gradient.
 """
 
 from __future__ import annotations
@@ -39,26 +39,43 @@ class _TokenLogprob(torch.autograd.Function):
             # Not lse - Σ p·logit: both are large where the distribution is sharp, and their difference small.
             entropies.append(-logprob_CV.exp().mul_(logprob_CV).sum(-1))
             lses.append(lse_C)
-        ctx.save_for_backward(hidden_RH, weight_VH, target_R, torch.cat(lses))
         entropy_R = torch.cat(entropies)
-        ctx.mark_non_differentiable(entropy_R)
+        ctx.save_for_backward(hidden_RH, weight_VH, target_R, torch.cat(lses), entropy_R)
+        ctx.set_materialize_grads(False)
         return torch.cat(logprobs), entropy_R
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
-        hidden_RH, weight_VH, target_R, lse_R = ctx.saved_tensors
+        hidden_RH, weight_VH, target_R, lse_R, entropy_R = ctx.saved_tensors
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=lse_R.dtype)
+        grad_logprob_R = torch.zeros_like(lse_R) if grads[0] is None else grads[0]
         grad_hidden = []
-        for hidden_CH, target_C, lse_C, grad_C in zip(
-            *(tensor.split(ctx.chunk_tokens) for tensor in (hidden_RH, target_R, lse_R, grads[0])), strict=True
+        for place, (hidden_CH, target_C, lse_C, grad_C) in enumerate(
+            zip(*(x.split(ctx.chunk_tokens) for x in (hidden_RH, target_R, lse_R, grad_logprob_R)), strict=True)
         ):
-            probability_CV = (_logits(hidden_CH, weight_VH, ctx.temperature) - lse_C[:, None]).exp_()
+            logprob_CV = _logits(hidden_CH, weight_VH, ctx.temperature) - lse_C[:, None]
             scale_C1 = (grad_C / ctx.temperature)[:, None]
-            grad_logit_CV = probability_CV.mul_(-scale_C1).scatter_add_(1, target_C[:, None], scale_C1)
+            if grads[1] is None:
+                grad_logit_CV = logprob_CV.exp_().mul_(-scale_C1)
+            else:
+                chunk = slice(place * ctx.chunk_tokens, place * ctx.chunk_tokens + len(lse_C))
+                bonus_C1 = (grads[1][chunk] / ctx.temperature)[:, None]
+                # dH/dz = -p·(log p + H)
+                slope_CV = (logprob_CV + entropy_R[chunk, None]).mul_(-bonus_C1).sub_(scale_C1)
+                grad_logit_CV = logprob_CV.exp_().mul_(slope_CV)
+            grad_logit_CV = grad_logit_CV.scatter_add_(1, target_C[:, None], scale_C1)
             grad_logit_CV = grad_logit_CV.to(weight_VH.dtype)
             grad_hidden.append(grad_logit_CV @ weight_VH)
-            grad_weight_VH += grad_logit_CV.T @ hidden_CH
+            _add_product(grad_weight_VH, grad_logit_CV.T, hidden_CH)
         return torch.cat(grad_hidden), grad_weight_VH.to(weight_VH.dtype), None, None, None
+
+
+def _add_product(sum_VH: torch.Tensor, left_VC: torch.Tensor, right_CH: torch.Tensor) -> None:
+    """In place where the dtypes allow it: a second V x H would double the peak of a small batch."""
+    if sum_VH.dtype == left_VC.dtype:
+        sum_VH.addmm_(left_VC, right_CH)
+    else:
+        sum_VH += left_VC @ right_CH
 
 
 def _logits(hidden_CH: torch.Tensor, weight_VH: torch.Tensor, temperature: float) -> torch.Tensor:

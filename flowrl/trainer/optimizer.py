@@ -14,13 +14,16 @@ from torch.distributed.tensor import DTensor
 
 
 class ShardedAdamW:
-    """One instance steps one set of parameters. Vectors (norms, biases) are not decayed."""
+    """One instance steps one set of parameters, of which it passes over those that need no gradient. Vectors (norms,
+    biases) are not decayed. Moments lie where the shards lie, on the host if these are offloaded."""
 
     def __init__(
         self, named_parameters: Iterable[tuple[str, nn.Parameter]], *, beta1: float, beta2: float, weight_decay: float
     ) -> None:
         self._shards: list[tuple[str, DTensor, nn.Parameter]] = []
         for name, parameter in named_parameters:
+            if not parameter.requires_grad:
+                continue
             assert isinstance(parameter, DTensor), f"{name} is not sharded"
             self._shards.append((name, parameter, nn.Parameter(_local(parameter.detach()))))
         groups = [

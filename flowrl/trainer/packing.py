@@ -7,14 +7,22 @@ The last token of a row is packed as a target only: nothing attends to it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from flowrl.trainer.attention import PackedLayout
 from transfer_queue.rows import RowKey, Rows
+
+# Columns of the queue that hold one number a response token -> their names in a sample.
+ROW_COLUMNS = {"token_versions": "version", "segment_proximal_logprobs": "segment"}
+
+# advantage; version: of the weights that sampled it; old, reference: log-probs under the policy before the update and
+# under the reference; segment: under the version after its own, NaN where absent; keep: 0 where a correction leaves it
+# out.
+PER_TOKEN = ("advantage", "version", "old", "reference", "segment", "keep")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +35,10 @@ class Demonstration:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A row of the queue, as the policy update sees it. Arrays are views of the columns."""
+    """A row of the queue, as the policy update sees it. Arrays are views of the columns.
+
+    advantage: of every token of the row, unless `per_token` has its own. per_token: what else an algorithm needs, one
+    number a response token, by the names of `PER_TOKEN`."""
 
     key: RowKey
     prompt_tokens: np.ndarray
@@ -35,6 +46,8 @@ class Sample:
     response_mask: np.ndarray
     rollout_logprobs: np.ndarray
     advantage: float
+    reward: float = 0.0
+    per_token: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def num_trained_tokens(self) -> int:
@@ -66,28 +79,40 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """A packed part of the batch, with what the policy loss needs beside it. advantage_B1: one for a row."""
+    """A packed part of the batch, with what the policy loss needs beside it. advantage_BT: (B, 1) where one is for the
+    whole row. columns_R: what else was asked for of the samples' `per_token`."""
 
     packed: Packed
     rollout_logprob_R: torch.Tensor
-    advantage_B1: torch.Tensor
+    advantage_BT: torch.Tensor
+    columns_R: dict[str, torch.Tensor]
     keys: tuple[RowKey, ...]
 
 
 def samples_from_rows(rows: Rows) -> list[Sample]:
-    """Raises ValueError for a row whose columns do not fit each other, naming it."""
-    columns = [
-        rows[name] for name in ("prompt_tokens", "response_tokens", "response_mask", "rollout_logprobs", "advantage")
-    ]
+    """A column `advantage` need not be there: then it is the trainer that computes it.
+
+    Raises ValueError for a row whose columns do not fit each other, naming it.
+    """
+    columns = [rows[name] for name in ("prompt_tokens", "response_tokens", "response_mask", "rollout_logprobs")]
+    scalars = [rows[name].values if name in rows else np.zeros(len(rows)) for name in ("advantage", "reward")]
+    more = {per_token: rows[column] for column, per_token in ROW_COLUMNS.items() if column in rows}
     samples = []
-    for key, prompt, response, mask, logprobs, advantage in zip(rows.keys, *columns, strict=True):
+    for place, (key, prompt, response, mask, logprobs) in enumerate(zip(rows.keys, *columns, strict=True)):
         if len(prompt) == 0:
             raise ValueError(f"prompt_tokens: row {key} has none; a response needs a token to follow")
         if not len(response) == len(mask) == len(logprobs):
             lengths = f"{len(response)}, {len(mask)} and {len(logprobs)}"
             raise ValueError(f"response_tokens: row {key} has {lengths} tokens, mask entries, log-probs; must be equal")
-        samples.append(Sample(key, prompt, response, mask, logprobs, float(advantage[0])))
+        per_token = {name: _whole(column[place], len(response)) for name, column in more.items()}
+        advantage, reward = (float(values[place]) for values in scalars)
+        samples.append(Sample(key, prompt, response, mask, logprobs, advantage, reward, per_token))
     return samples
+
+
+def _whole(values: np.ndarray, length: int) -> np.ndarray:
+    """Of an optional column: NaN for a row that came without it."""
+    return values if len(values) else np.full(length, np.nan, np.float32)
 
 
 def split_by_tokens(length_B: Sequence[int], budget: int) -> list[list[int]]:
@@ -146,7 +171,8 @@ def pack(
     )
 
 
-def pack_samples(samples: Sequence[Sample], device: torch.device) -> MicroBatch:
+def pack_samples(samples: Sequence[Sample], device: torch.device, columns: Sequence[str] = ()) -> MicroBatch:
+    """columns: names of `per_token` that every sample has."""
     packed = pack(
         [sample.prompt_tokens for sample in samples],
         [sample.response_tokens for sample in samples],
@@ -154,11 +180,19 @@ def pack_samples(samples: Sequence[Sample], device: torch.device) -> MicroBatch:
         device,
     )
     trained = np.concatenate([sample.response_mask for sample in samples]).astype(bool)
-    logprob_R = np.concatenate([sample.rollout_logprobs for sample in samples])[trained].astype(np.float32)
-    advantage_B = torch.tensor([sample.advantage for sample in samples], dtype=torch.float32)
+
+    def trained_values(rows: Sequence[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(rows)[trained].astype(np.float32)).to(device)
+
+    if "advantage" in samples[0].per_token:
+        advantage_BT = packed.table(trained_values([sample.per_token["advantage"] for sample in samples]))
+    else:
+        advantage_B = torch.tensor([sample.advantage for sample in samples], dtype=torch.float32)
+        advantage_BT = advantage_B[:, None].to(device)
     return MicroBatch(
         packed=packed,
-        rollout_logprob_R=torch.from_numpy(logprob_R).to(device),
-        advantage_B1=advantage_B[:, None].to(device),
+        rollout_logprob_R=trained_values([sample.rollout_logprobs for sample in samples]),
+        advantage_BT=advantage_BT,
+        columns_R={name: trained_values([sample.per_token[name] for sample in samples]) for name in columns},
         keys=tuple(sample.key for sample in samples),
     )

@@ -1,21 +1,79 @@
-"""Where published weights lie: on the node's tmpfs, or in a directory that all nodes see."""
+"""Where published weights lie, and on which nodes: on each node's tmpfs, or in a directory that all nodes see.
+
+Imports no torch: a recipe is placed without it.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import struct
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from controllers.placement import WorkerPlan
 from flowrl.config import Recipe
 
 EVALUATION_PIN = "evaluate"
 
 
+@dataclass(frozen=True)
+class Route:
+    """From whom to whom weights go. trainer: the nodes whose ranks write them, in the order of the ranks; serving:
+    those with engines or evaluation."""
+
+    trainer: tuple[int, ...]
+    serving: tuple[int, ...]
+
+    @classmethod
+    def of(cls, workers: Sequence[WorkerPlan]) -> Route:
+        trainer = {plan.node for plan in workers if plan.worker == "train"}
+        serving = {plan.node for plan in workers if plan.worker in ("rollout", "evaluate")}
+        return cls(tuple(sorted(trainer)), tuple(sorted(serving)))
+
+    @classmethod
+    def from_payload(cls, payload: dict[str, Any]) -> Route:
+        return cls(**{name: tuple(nodes) for name, nodes in payload["route"].items()})
+
+    def payload(self) -> dict[str, Any]:
+        return {"route": asdict(self)}
+
+    @property
+    def needs_relays(self) -> bool:
+        """Whether a node serves a version that its own ranks do not write whole."""
+        return len(self.trainer) > 1 or not set(self.serving) <= set(self.trainer)
+
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        return tuple(sorted({*self.trainer, *self.serving}))
+
+
 def weights_root(recipe: Recipe, session_dir: Path) -> Path:
+    """What a node's engines read from."""
     if recipe.weights.dir is None:
         return session_dir / "weights"
     return Path(recipe.weights.dir) / recipe.run.name
+
+
+def written_root(recipe: Recipe, session_dir: Path, route: Route) -> Path:
+    """What trainer ranks write to: where several nodes have some, the node's part of each version, for its relay."""
+    is_partial = recipe.weights.transport == "shared_memory" and len(route.trainer) > 1
+    return session_dir / "weights-written" if is_partial else weights_root(recipe, session_dir)
+
+
+def is_evaluated(recipe: Recipe, version: int) -> bool:
+    evaluation, last = recipe.eval, recipe.train.steps
+    return evaluation is not None and (version % evaluation.every == 0 or version == last)
+
+
+def pin_of(recipe: Recipe, version: int, node: int) -> str:
+    """The name under which `version` is to be pinned on `node`, if it is evaluated there; else empty."""
+    pool = recipe.pools.get("eval")
+    nodes = [0] if pool is None else pool.nodes
+    is_here = not nodes or node in nodes or recipe.weights.transport == "disk"
+    return EVALUATION_PIN if is_here and is_evaluated(recipe, version) else ""
 
 
 def serving_bytes(model_dir: Path, dtype: str) -> int:

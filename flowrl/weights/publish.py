@@ -1,71 +1,227 @@
 """From sharded parameters to a published version, under the names that the checkpoint on disk has.
 
-A name that the checkpoint does not know is refused: engines skip unknown names silently, and the layer would never be
-updated. It knows parameters and files, and neither losses nor queues.
+Every rank casts its own shards and writes them where they belong; one rank on each node then makes the version visible.
+It knows parameters and files, and neither losses nor queues.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from flowrl.weights.store import WeightStore, companions_of, write_directory
-from flowrl.weights.tensorfile import TensorFileLayout, read_shapes
+from flowrl.weights.buffers import WEIGHTS_FILE, create_file, has_leases, map_bytes
+from flowrl.weights.names import extents_on_disk, kinds_on_disk
+from flowrl.weights.plan import Plan, chunk_rows, is_sharded, served_dtypes
+from flowrl.weights.pool import OnPublished
+from flowrl.weights.ranks import Ranks, WeightsError
+from flowrl.weights.slices import Holdings
+from flowrl.weights.store import WeightStore, companions_of
+from flowrl.weights.tensorfile import Kind
+from flowrl.weights.writing import FileWriter, PooledWriter, Writer
 
 SERVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 logger = logging.getLogger(__name__)
 
 
-class Publisher:
-    """Every rank makes one and publishes with it; `store` is None on ranks that only lend their shards.
+def _ignore(version: int, path: Path) -> None:
+    pass
 
-    lm: the Hugging Face model, sharded or not. model_dir: the directory it came from. `missing`: names that the
-    directory has and the model does not, which a published version leaves out.
+
+class Publisher:
+    """Every rank makes one and publishes with it, in step.
+
+    lm: the Hugging Face model, sharded or not. model_dir: the directory it came from. store: on the ranks that make
+    versions visible, None on those that write to the store of the nearest rank before them which has one. is_pooled:
+    whether the store is in the memory of this node alone, where files can be reused. on_published: called on those
+    ranks when a version is there to be read, possibly by another thread, if readers held it up. `missing`: names that
+    the directory has and the model does not, which a published version leaves out.
     """
 
-    def __init__(self, lm: nn.Module, model_dir: Path, store: WeightStore | None, dtype: str) -> None:
-        on_disk = shapes_on_disk(model_dir)
-        self._tensors = _named_as_on_disk(lm, on_disk, model_dir)
-        aliases = set(lm.state_dict(keep_vars=True))
-        self.missing = tuple(sorted(set(on_disk) - set(self._tensors) - aliases))
+    def __init__(
+        self,
+        lm: nn.Module,
+        model_dir: Path,
+        store: WeightStore | None,
+        dtype: str,
+        *,
+        is_pooled: bool = True,
+        on_published: OnPublished = _ignore,
+    ) -> None:
+        on_disk = kinds_on_disk(model_dir)
+        tensors = lm.state_dict(keep_vars=True)
+        self._extents = extents_on_disk(tensors, on_disk, model_dir)
+        self._tensors: dict[str, torch.Tensor] = {name: tensors[name] for name in self._extents}
+        covered = {extent.name for extents in self._extents.values() for extent in extents}
+        self.missing = tuple(sorted(set(on_disk) - covered - set(tensors)))
         if self.missing:
             logger.warning("%s: the model does not use %s; published versions lack them", model_dir, self.missing)
-        shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
-        self._layout = TensorFileLayout(shapes, SERVED_DTYPES[dtype])
+        dtypes = served_dtypes(on_disk, self._extents, SERVED_DTYPES[dtype])
+        self._ranks = Ranks()
+        self.plan = Plan.of(
+            self._extents,
+            {name: Kind(tensor.shape, dtypes[name]) for name, tensor in self._tensors.items()},
+            {name for name, tensor in self._tensors.items() if is_sharded(name, tensor)},
+            self._ranks.size,
+        )
+        self._refuse_other_shards()
+        self._model_dir = model_dir
         self._companions = companions_of(model_dir)
         self._store = store
+        self._is_pooled = is_pooled
+        self._on_published = on_published
+        self._writer: Writer | None = None
+        self._publishers: list[int] = []
 
     @property
     def num_bytes(self) -> int:
         """Of one version."""
-        return self._layout.num_bytes
+        return self.plan.layout.num_bytes
 
-    def publish(self, version: int) -> Path | None:
-        """On every rank, with parameters sharded. Returns the path on ranks that write."""
-        if self._store is None:
-            self._lend()
-            return None
-        return self._store.write(version, self._layout, self._full_tensors(), self._companions)
+    def publish(self, version: int, *, pin: str = "") -> Path | None:
+        """On every rank, with parameters sharded. The path on ranks that make it visible, if it is already.
+
+        pin: a name under which the version is kept until it is unpinned. Raises an error on every rank if one cannot
+        write; the version before it is then still in force.
+        """
+        if self._writer is None:
+            self._writer = self._make_writer()
+        self._writer.open(version)
+        error: Exception | None = None
+        try:
+            self._writer.write(self._locals())
+        except (OSError, RuntimeError) as failure:
+            error = failure
+        try:
+            self._ranks.agree(error, f"version {version}")
+        except Exception:
+            self._writer.abandon()
+            raise
+        return None if self._store is None else self._writer.commit(version, pin)
+
+    def holdings(self, nodes: Sequence[int]) -> Holdings:
+        """What each node's ranks write, once something has been published. nodes: those of the ranks that have a store,
+        in the order of their ranks."""
+        publishers = [*self._publishers, self._ranks.size]
+        spans = [range(first, after) for first, after in pairwise(publishers)]
+        return Holdings.of(nodes, [self.plan.ranges(span) for span in spans], self.num_bytes)
+
+    def discard_newer_than(self, version: int) -> None:
+        """On every rank, after going back to a checkpoint: those versions will be published anew."""
+        if self._writer is not None:
+            self._writer.discard_newer_than(version)
+
+    def close(self) -> None:
+        """Leaves what is visible. May be called again."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def check_names(self) -> None:
+        """Compares this rank's shards with the checkpoint that they were loaded from, through the plan: a wrong name,
+        offset or order would differ. To be called before anything is trained. Raises WeightsError naming the tensor."""
+        files = [safe_open(path, framework="pt") for path in sorted(self._model_dir.glob("*.safetensors"))]
+        where = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        for name, tensor in self._locals().items():
+            begin, end = self._rows(name)
+            flat, rest = tensor.reshape(-1), self._tensors[name].shape[1:].numel()
+            for extent in self._extents[name]:
+                first, last = max(extent.begin, begin * rest), min(extent.begin + extent.shape.numel(), end * rest)
+                if first >= last:
+                    continue
+                mine = flat[first - begin * rest : last - begin * rest]
+                theirs = where[extent.name].get_tensor(extent.name).reshape(-1)
+                theirs = theirs[first - extent.begin : last - extent.begin].to(mine)
+                if not torch.equal(mine, theirs):
+                    raise WeightsError(f"weights: {name!r} would be published as {extent.name!r}, which it is not")
 
     def export(self, path: Path, *, writes: bool = True) -> None:
-        """On every rank: a copy that depends on no other directory, at `path`, which must not exist."""
+        """On every rank: a copy that depends on no other directory, at `path`, which must not exist. Gathers one tensor
+        after the other, because ranks need not see each other's disks."""
         if path.exists():
             raise ValueError(f"export: {str(path)!r} exists already")
-        if writes:
-            write_directory(path, self._layout, self._full_tensors(), self._companions, place=shutil.copyfile)
-        else:
-            self._lend()
+        if not writes:
+            for _ in self._full_tensors():
+                pass
+            return
+        staging = path.parent / f".new-{path.name}"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        try:
+            for source in self._companions:
+                shutil.copyfile(source, staging / source.name)
+            self._export_tensors(staging / WEIGHTS_FILE)
+            staging.rename(path)
+        except BaseException:
+            shutil.rmtree(staging)
+            raise
 
     def full_state(self) -> dict[str, torch.Tensor]:
-        """On every rank: all of the model, under the names of the directory. Unsharded tensors are live views."""
+        """On every rank: all of the model, under the names of its own state, tied tensors once. Unsharded tensors are
+        live views."""
         return {name: tensor.detach() for name, tensor in self._full_tensors()}
+
+    def _make_writer(self) -> Writer:
+        """Ranks tell each other where they write; here plans that differ are found out."""
+        mine = None if self._store is None else (str(self._store.root), self._store.buffers)
+        prints, places = zip(*self._ranks.gather_objects((self.plan.fingerprint, mine)), strict=True)
+        differing = [rank for rank, fingerprint in enumerate(prints) if fingerprint != prints[0]]
+        if differing:
+            raise WeightsError(f"weights: ranks {differing} plan to write other bytes than rank 0; is it one model?")
+        publishers = [rank for rank, place in enumerate(places) if place is not None]
+        if not publishers or publishers[0] != 0:
+            raise ValueError("weights: rank 0 has no store to publish to")
+        self._publishers = publishers
+        publisher = _publisher_of(self._ranks.rank, publishers)
+        root, buffers = places[publisher]
+        last = max(rank for rank in range(self._ranks.size) if _publisher_of(rank, publishers) == publisher)
+        if self._store is not None:
+            self._store.prepare()
+        can_pool = self._is_pooled and (self._store is None or has_leases(self._store.root))
+        # All ranks write in one way: where a node's memory tells nothing of readers, no file is written twice.
+        if self._is_pooled and all(code for (code,) in self._ranks.gather_numbers([can_pool])):
+            return PooledWriter(
+                self.plan,
+                self._ranks,
+                publisher,
+                last - publisher,
+                Path(root),
+                buffers,
+                self._store,
+                self._companions,
+                self._on_published,
+            )
+        return FileWriter(self.plan, self._ranks, Path(root), self._store, self._companions, self._on_published)
+
+    def _locals(self) -> Mapping[str, torch.Tensor]:
+        with torch.no_grad():
+            return {
+                name: tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+                for name, tensor in self._tensors.items()
+            }
+
+    def _rows(self, name: str) -> tuple[int, int]:
+        tensor = self._tensors[name]
+        num_rows = tensor.shape[0] if tensor.ndim else 1
+        return chunk_rows(self._ranks.rank, num_rows, self._ranks.size) if is_sharded(name, tensor) else (0, num_rows)
+
+    def _refuse_other_shards(self) -> None:
+        """What FSDP2 has given to this rank must be what the plan says."""
+        tensors = self._locals()
+        for name, tensor in self._tensors.items():
+            begin, end = self._rows(name)
+            planned = (end - begin, *tensor.shape[1:]) if tensor.ndim else ()
+            if tuple(tensors[name].shape) != planned:
+                raise ValueError(f"weights: {name!r} has a shard of shape {tuple(tensors[name].shape)}, not {planned}")
 
     def _full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """One after the other, so that one gathered tensor is alive at a time. An unsharded one is not copied."""
@@ -77,33 +233,20 @@ class Publisher:
             else:
                 yield name, tensor.full_tensor()
 
-    def _lend(self) -> None:
-        for _ in self._full_tensors():
-            pass
+    def _export_tensors(self, path: Path) -> None:
+        fd = create_file(path, self.plan.layout)
+        try:
+            file = map_bytes(fd, [])
+            begins = {source.name: source for source in self.plan.sources}
+            for name, tensor in self._full_tensors():
+                kind, begin = begins[name].kind, begins[name].begin
+                target = file[begin : begin + kind.num_bytes].view(kind.dtype).view(kind.shape)
+                target.copy_(tensor.detach())
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
-def shapes_on_disk(model_dir: Path) -> dict[str, torch.Size]:
-    """Names and shapes of a Hugging Face directory's weights. Raises ValueError if it has no safetensors."""
-    files = sorted(model_dir.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"model.path: {str(model_dir)!r} has no safetensors file to take names from")
-    return {name: shape for file in files for name, shape in read_shapes(file).items()}
-
-
-def _named_as_on_disk(lm: nn.Module, on_disk: dict[str, torch.Size], model_dir: Path) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers, tied ones once, under the name of theirs that the directory has."""
-    names: dict[int, list[str]] = {}
-    tensors = lm.state_dict(keep_vars=True)
-    for name, tensor in tensors.items():
-        names.setdefault(id(tensor), []).append(name)
-    named = {}
-    for aliases in names.values():
-        known = [name for name in aliases if name in on_disk]
-        if not known:
-            raise ValueError(f"model.path: {str(model_dir)!r} has no tensor {aliases[0]!r}; engines would skip it")
-        tensor = tensors[known[0]]
-        if tensor.shape != on_disk[known[0]]:
-            shapes = f"{tuple(on_disk[known[0]])} on disk, {tuple(tensor.shape)} in the model"
-            raise ValueError(f"model.path: {str(model_dir)!r} has {known[0]!r} of shape {shapes}; must be equal")
-        named[known[0]] = tensor
-    return named
+def _publisher_of(rank: int, publishers: list[int]) -> int:
+    """The nearest before it."""
+    return max(publisher for publisher in publishers if publisher <= rank)

@@ -71,9 +71,9 @@ def test_an_episode_of_the_users_own_is_used(tmp_path: Path) -> None:
         textwrap.dedent("""
             from flowrl.rollout.episodes import single_turn
 
-            async def noted(engine, request):
-                open("noted.txt", "a").write(request.request_id + "\\n")
-                return await single_turn(engine, request)
+            async def noted(context):
+                open("noted.txt", "a").write(context.request.request_id + "\\n")
+                return await single_turn(context)
         """)
     )
     ran(tmp_path, "rollout.episode=episodes.py:noted")

@@ -48,6 +48,17 @@ def test_a_run_is_drawn_checked_and_told(run: Path, capsys: pytest.CaptureFixtur
     assert not pyplot.get_fignums(), "figures are closed"
 
 
+def test_the_page_of_a_run_needs_nothing_else(run: Path) -> None:
+    sample = {"group": 3, "reward": 1.0, "prompt": "<1+1", "response": "2", "ground_truth": "2"}
+    (run / "samples.jsonl").write_text((json.dumps(sample) + "\n") * 30 + '{"group": 4, "rew')
+    assert print_report(run)
+    page = (run / "report.html").read_text()
+    assert page.count("&lt;1+1") == 12, "the last samples, as text"
+    assert "data:image/png;base64," in page and "staleness: {max: 1}" in page
+    assert "Staleness check: nothing wrong" in page
+    assert "<script" not in page and 'src="http' not in page
+
+
 def test_a_violation_is_told_and_returned(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "recipe.yaml").write_text("staleness: {max: 0}\n")
     assert not print_report(run)

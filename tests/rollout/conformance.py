@@ -27,7 +27,16 @@ from flowrl.rollout.engine import (
     PauseMode,
     SamplingParams,
 )
-from tests.rollout.reference import CONFIGS, MAX_MODEL_TOKENS, VOCABULARY, reference_logprobs, write_model
+from tests.rollout.reference import (
+    CONFIGS,
+    MAX_MODEL_TOKENS,
+    VOCABULARY,
+    reference_logits,
+    reference_logprobs,
+    token_text,
+    write_model,
+    write_tokenizer,
+)
 
 NUM_CROWD = 48
 TOLERANCE = 1e-3
@@ -62,7 +71,7 @@ class Served:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     root = tmp_path_factory.mktemp("models")
     unfit = write_model(root / "unfit", 2, CONFIGS["llama"])
-    return Models(write_model(root / "first", 0), write_model(root / "second", 1), unfit)
+    return Models(write_tokenizer(write_model(root / "first", 0)), write_model(root / "second", 1), unfit)
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +172,34 @@ class EngineConformance:
         [stopped] = generate(engine, [request("stop", (9, 8, 7), 40, temperature=0.0, stop_token_ids=stops)])
         assert stopped.finish_reason is FinishReason.STOP
         assert stopped.tokens.tolist() == free.tokens.tolist()[: first + 1]
+
+    def test_stop_string_ends_a_response_with_the_token_that_completes_it(self, engine: Served) -> None:
+        asked = request("free", (9, 8, 7), 40, temperature=0.0)
+        [free] = generate(engine, [asked])
+        text = "".join(map(token_text, free.tokens.tolist()))
+        stop = text[9:12]  # from the middle of a token to the end of another
+        [stopped] = generate(engine, [request("stop", (9, 8, 7), 40, temperature=0.0, stop_strings=("nowhere", stop))])
+        assert stopped.finish_reason is FinishReason.STOP
+        count = len(stopped.tokens)
+        assert stopped.tokens.tolist() == free.tokens.tolist()[:count]
+        assert len(stopped.logprobs) == len(stopped.versions) == count
+        assert stop in text[: 2 * count] and stop not in text[: 2 * count - 2]
+
+    def test_repetition_penalty_weighs_what_the_response_has_and_the_logprobs_say_so(
+        self, engine: Served, models: Models
+    ) -> None:
+        requests = [
+            request(f"r{i}", one, 20, repetition_penalty=1.5, temperature=0.8) for i, one in enumerate(prompts(4))
+        ]
+        for one, result in zip(requests, generate(engine, requests), strict=True):
+            response = result.tokens.tolist()
+            logits = reference_logits(models.first, one.tokens, response)
+            for place, token in enumerate(response):
+                seen = torch.tensor(sorted(set(response[:place])), dtype=torch.long)
+                old = logits[place, seen]
+                logits[place, seen] = torch.where(old < 0, old * 1.5, old / 1.5)
+                expected = torch.log_softmax(logits[place] / 0.8, dim=-1)[token]
+                assert abs(float(expected) - float(result.logprobs[place])) < TOLERANCE
 
     def test_seed_fixes_the_tokens_whatever_else_runs(self, engine: Served) -> None:
         if not self.has_seeds:

@@ -6,8 +6,17 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 VOCABULARY = 128
 MAX_MODEL_TOKENS = 1024
@@ -44,13 +53,30 @@ def write_model(path: Path, seed: int, config: PretrainedConfig = CONFIGS["qwen3
     return path
 
 
+def write_tokenizer(path: Path) -> Path:
+    """Token i is the two letters `token_text(i)`; nothing stands between them."""
+    tokenizer = Tokenizer(models.WordLevel({token_text(token): token for token in range(VOCABULARY)}, token_text(0)))
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
+    return path
+
+
+def token_text(token: int) -> str:
+    return chr(ord("a") + token // 16) + chr(ord("k") + token % 16)
+
+
 @cache
 def reference_model(path: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-@torch.no_grad()
 def reference_logprobs(path: Path, prompt: tuple[int, ...], response: list[int], temperature: float = 1.0) -> Tensor:
     """Log-probs over the vocabulary at each token of the response: (T, V)."""
+    return torch.log_softmax(reference_logits(path, prompt, response) / temperature, dim=-1)
+
+
+@torch.no_grad()
+def reference_logits(path: Path, prompt: tuple[int, ...], response: list[int]) -> Tensor:
+    """(T, V)."""
     logits = reference_model(path)(input_ids=torch.tensor([[*prompt, *response]])).logits[0].float()
-    return torch.log_softmax(logits[len(prompt) - 1 : -1] / temperature, dim=-1)
+    return logits[len(prompt) - 1 : -1]

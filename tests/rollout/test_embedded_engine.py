@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, MambaConfig, Qwen3M
 
 from flowrl.rollout.embedded.core import EmbeddedCore
 from flowrl.rollout.embedded.engine import EmbeddedEngine
-from flowrl.rollout.engine import Engine, EngineError, FinishReason, PauseMode
+from flowrl.rollout.engine import Engine, EngineError, PauseMode
 from tests.rollout.conformance import (
     EngineConformance,
     assert_logprobs,
@@ -24,7 +24,7 @@ from tests.rollout.conformance import (
     request,
     runner,  # noqa: F401
 )
-from tests.rollout.reference import CONFIGS, VOCABULARY, write_model
+from tests.rollout.reference import CONFIGS, VOCABULARY, reference_logprobs, write_model
 
 MAX_BATCH = 12
 
@@ -182,7 +182,7 @@ def test_failure_in_a_step_reaches_every_request_and_a_restart_cures_it(tmp_path
         embedded = EmbeddedEngine(threads=1)
         await embedded.start(write_model(tmp_path, 0), 0)
         assert embedded._core is not None
-        embedded._core._model.register_forward_pre_hook(fail)
+        embedded._core._model.get_input_embeddings().register_forward_pre_hook(fail)
         requests = [request(f"r{i}", (1, 2, 3), 4) for i in range(3)]
         results = await asyncio.gather(*(embedded.generate(one) for one in requests), return_exceptions=True)
         assert all(isinstance(one, EngineError) and "out of memory" in str(one) for one in results)
@@ -238,7 +238,7 @@ def test_loop_stays_free_while_the_model_computes(tmp_path: Path) -> None:
             steps += 1
 
         assert embedded._core is not None
-        embedded._core._model.register_forward_pre_hook(count_step)
+        embedded._core._model.get_input_embeddings().register_forward_pre_hook(count_step)
         rng = np.random.default_rng(0)
         texts = [tuple(rng.integers(VOCABULARY, size=500).tolist()) for _ in range(20)]
         work = asyncio.gather(*(embedded.generate(request(f"r{i}", text, 1)) for i, text in enumerate(texts)))
@@ -254,7 +254,29 @@ def test_loop_stays_free_while_the_model_computes(tmp_path: Path) -> None:
     assert turns > 3 * steps
 
 
-def test_greedy_generation_in_half_precision_runs(tmp_path: Path) -> None:
-    core = EmbeddedCore(write_model(tmp_path, 0), 0, dtype="bfloat16")
-    [result] = core.generate_all([request("r", (1, 2, 3), 10, temperature=0.0)])
-    assert result.finish_reason is FinishReason.LENGTH and np.isfinite(result.logprobs).all()
+@pytest.mark.parametrize("architecture", ["qwen3", "gpt2"])
+def test_half_precision_agrees_with_its_own_forward_to_its_precision(architecture: str, tmp_path: Path) -> None:
+    path = write_model(tmp_path, 0, CONFIGS[architecture])
+    core = EmbeddedCore(path, 0, dtype="bfloat16")
+    requests = [request(f"r{i}", prompt, 20) for i, prompt in enumerate(prompts(6))]
+    for one, result in zip(requests, core.generate_all(requests), strict=True):
+        response = result.tokens.tolist()
+        expected = reference_logprobs(path, one.tokens, response)[torch.arange(20), torch.tensor(response)].numpy()
+        assert np.abs(result.logprobs - expected).mean() < 0.1
+
+
+def test_joined_projections_are_the_parameters_that_an_update_replaces(tmp_path: Path) -> None:
+    first, second = write_model(tmp_path / "a", 0), write_model(tmp_path / "b", 1)
+    core = EmbeddedCore(first, 0)
+    attention = core._model.model.layers[0].self_attn
+    query, key = attention.q_proj.weight, attention.k_proj.weight
+    assert key.data_ptr() == query.data_ptr() + query.nbytes
+    core.load(second, 1, PauseMode.KEEP)
+    expected = AutoModelForCausalLM.from_pretrained(second).state_dict()
+    assert all(torch.equal(expected[name], tensor) for name, tensor in core._model.state_dict().items())
+
+
+def test_stop_strings_without_a_tokenizer_are_refused(tmp_path: Path) -> None:
+    core = EmbeddedCore(write_model(tmp_path, 0), 0)
+    with pytest.raises(ValueError, match="stop_strings"):
+        core.check(request("r", (1, 2), 1, stop_strings=("x",)))

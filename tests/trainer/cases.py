@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from flowrl.config import AlgorithmConfig, TrainConfig
+from flowrl.trainer.critic import Critic
 from flowrl.trainer.model import load_policy
 from flowrl.trainer.packing import Sample
 from flowrl.trainer.update import PolicyTrainer
@@ -71,9 +73,11 @@ def make_trainer(
     compute_dtype: str = "float32",
     aggregate: str = "token-mean",
     skip_tied: bool = True,
+    **settings: Any,
 ) -> PolicyTrainer:
+    """settings: of `load_policy`."""
     train = TrainConfig(learning_rate=rate, warmup_steps=0, grad_clip=grad_clip, micro_batch_tokens=budget)
-    policy = load_policy(model_dir, world, compute_dtype=compute_dtype, temperature=TEMPERATURE)
+    policy = load_policy(model_dir, world, compute_dtype=compute_dtype, temperature=TEMPERATURE, **settings)
     return PolicyTrainer(policy, world, train, AlgorithmConfig(aggregate=aggregate, skip_tied=skip_tied))
 
 
@@ -84,20 +88,28 @@ def update(trainer: PolicyTrainer, *shares: list[Sample]) -> dict[str, float]:
     return trainer.end_update()
 
 
-def first_gradient(trainer: PolicyTrainer) -> dict[str, np.ndarray]:
+def first_gradient(trainer: PolicyTrainer | Critic) -> dict[str, np.ndarray]:
     """The gradient of the first update, as the optimizer took it: its first moment starts at (1 - beta1) times that."""
     moments = trainer.optimizer.state_dict()
     suffix = ".exp_avg"
     return {
-        name.removesuffix(suffix): moment.full_tensor().numpy() / 0.1
+        name.removesuffix(suffix): moment.full_tensor().cpu().numpy() / 0.1
         for name, moment in moments.items()
         if name.endswith(suffix)
     }
 
 
 def reference(model_dir: Path, samples: list[Sample], mode: str) -> tuple[float, dict[str, np.ndarray]]:
-    """Loss and gradient of the whole batch by a padded forward pass in float64, the clipped loss written out."""
-    lm = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64, attn_implementation="eager").eval()
+    """Loss and gradient of the whole batch by a padded forward pass in float64."""
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    lm = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64, **plain).eval()
+    loss = padded_loss(lm, samples, mode)
+    loss.backward()
+    return loss.item(), {name: parameter.grad.numpy() for name, parameter in lm.named_parameters()}
+
+
+def padded_loss(lm: torch.nn.Module, samples: list[Sample], mode: str) -> torch.Tensor:
+    """The clipped loss, written out."""
     logprob_BT, mask_BT, old_BT = padded_logprobs(lm, samples)
     advantage_B1 = torch.tensor([[sample.advantage] for sample in samples], dtype=torch.float64)
     ratio_BT = (logprob_BT - old_BT).exp()
@@ -111,21 +123,15 @@ def reference(model_dir: Path, samples: list[Sample], mode: str) -> tuple[float,
         "seq-mean-token-sum": loss_BT.sum() / num_rows,
         "seq-mean-token-mean": (loss_BT.sum(1) / length_B.clamp(min=1)).sum() / num_rows,
     }
-    losses[mode].backward()
-    return losses[mode].item(), {name: parameter.grad.numpy() for name, parameter in lm.named_parameters()}
+    return losses[mode]
 
 
 def padded_logprobs(lm: torch.nn.Module, samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(log-probs, mask, rollout log-probs), each (B, T) in float64, of rows padded on the right."""
     num_columns = max(len(sample.response_tokens) for sample in samples)
-    length = max(len(sample.prompt_tokens) + len(sample.response_tokens) for sample in samples)
-    token_BL = torch.zeros(len(samples), length, dtype=torch.int64)
-    seen_BL = torch.zeros_like(token_BL)
+    token_BL, seen_BL = padded_tokens(samples)
     mask_BT, old_BT = (torch.zeros(len(samples), num_columns, dtype=torch.float64) for _ in range(2))
     for row, sample in enumerate(samples):
-        tokens = np.concatenate([sample.prompt_tokens, sample.response_tokens])
-        token_BL[row, : len(tokens)] = torch.from_numpy(tokens)
-        seen_BL[row, : len(tokens)] = 1
         mask_BT[row, : len(sample.response_mask)] = torch.from_numpy(sample.response_mask)
         old_BT[row, : len(sample.rollout_logprobs)] = torch.from_numpy(sample.rollout_logprobs)
     every_BLV = (lm(token_BL, attention_mask=seen_BL).logits / TEMPERATURE).log_softmax(-1)
@@ -137,6 +143,27 @@ def padded_logprobs(lm: torch.nn.Module, samples: list[Sample]) -> tuple[torch.T
         logprobs = every_BLV[row, places, targets]
         rows.append(torch.nn.functional.pad(logprobs, (0, num_columns - num_response)))
     return torch.stack(rows), mask_BT, old_BT
+
+
+def padded_tokens(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, attention mask), each (B, L), of rows padded on the right."""
+    length = max(len(sample.prompt_tokens) + len(sample.response_tokens) for sample in samples)
+    token_BL = torch.zeros(len(samples), length, dtype=torch.int64)
+    seen_BL = torch.zeros_like(token_BL)
+    for row, sample in enumerate(samples):
+        tokens = np.concatenate([sample.prompt_tokens, sample.response_tokens])
+        token_BL[row, : len(tokens)] = torch.from_numpy(tokens)
+        seen_BL[row, : len(tokens)] = 1
+    return token_BL, seen_BL
+
+
+def make_returns(samples: list[Sample], seed: int = 1) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """(returns, values before the update), one number a response token; some values are clipped."""
+    draw = np.random.default_rng(seed)
+    returns, old_values = (
+        [draw.normal(size=len(sample.response_tokens)).astype(np.float32) for sample in samples] for _ in range(2)
+    )
+    return returns, old_values
 
 
 def distance(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:

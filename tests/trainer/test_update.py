@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from flowrl.trainer.update import NonFiniteUpdate
+from flowrl.config import TrainConfig
+from flowrl.config.presets import configured
+from flowrl.trainer.minibatches import minibatches
+from flowrl.trainer.model import load_policy
+from flowrl.trainer.packing import Sample
+from flowrl.trainer.reference import Reference
+from flowrl.trainer.update import NonFiniteUpdate, PolicyTrainer
 from flowrl.trainer.world import World
-from tests.trainer.cases import distance, first_gradient, make_samples, make_trainer, reference, update
+from tests.algorithms import slow_float64 as slow
+from tests.trainer.cases import TEMPERATURE, distance, first_gradient, make_samples, make_trainer, reference, update
+from tests.trainer.ranks import run_ranks
+from tests.trainer.update_process import train_all
+from tests.trainer.whole_batches import CONFIGURATIONS, change, make, make_batch, starting_weights, updates
 
 SAMPLES = make_samples(24)
 
@@ -102,3 +113,133 @@ def test_bfloat16_compute_stays_near_float32(world: World, model_dir: Path) -> N
     update(trainer, SAMPLES)
     assert all(tensor.dtype == torch.float32 for tensor in trainer.policy.lm.parameters())
     assert distance(first_gradient(trainer), reference(model_dir, SAMPLES, "token-mean")[1]) < 0.2
+
+
+# Updates that need the whole batch
+
+
+@pytest.fixture(scope="module")
+def two_ranks(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks made of every configuration, whole groups dealt out unevenly."""
+    out = tmp_path_factory.mktemp("whole")
+    run_ranks(train_all, 2, out, model_dir)
+    return out
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGURATIONS))
+def test_neither_ranks_nor_micro_batches_change_an_update(
+    name: str, two_ranks: Path, world: World, model_dir: Path
+) -> None:
+    metrics, parameters = updates(make(name, model_dir, world, budget=40), make_batch()[12:], [], make_batch()[:12])
+    start = starting_weights(model_dir, world)
+    for rank in range(2):
+        assert change(dict(np.load(two_ranks / f"{name}-{rank}.npz")), parameters, start) < 2e-3
+        other = json.loads((two_ranks / f"{name}-{rank}.json").read_text())
+        assert set(other) == set(metrics)
+        for key in (
+            "actor/pg_loss",
+            "actor/grad_norm",
+            "training/num_tokens",
+            "critic/advantages/mean",
+            "actor/kl_coef",
+        ):
+            if key in metrics:
+                assert other[key] == pytest.approx(metrics[key], rel=2e-3, abs=1e-5), key
+
+
+def trained_on(samples: list[Sample], model_dir: Path, world: World, **algorithm: object) -> dict[str, np.ndarray]:
+    """The gradient of one streamed update with the samples' own advantages."""
+    config = configured(**algorithm)  # type: ignore[arg-type]
+    train = TrainConfig(learning_rate=1e-3, warmup_steps=0, grad_clip=1e9, micro_batch_tokens=64)
+    trainer = PolicyTrainer(load_policy(model_dir, world, temperature=TEMPERATURE), world, train, config)
+    update(trainer, samples)
+    return first_gradient(trainer)
+
+
+def padded(rows: list[np.ndarray]) -> np.ndarray:
+    return np.stack([np.pad(np.asarray(row, np.float64), (0, 20 - len(row))) for row in rows])
+
+
+def test_whitened_returns_are_those_of_the_whole_batch(world: World, model_dir: Path) -> None:
+    samples = make_batch()
+    mask = padded([sample.response_mask for sample in samples])
+    reward = np.zeros_like(mask)
+    for row, sample in enumerate(samples):
+        if mask[row].any():
+            reward[row, np.flatnonzero(mask[row])[-1]] = sample.reward
+    returns, _ = slow.gae(reward, np.zeros_like(mask), mask, 0.9, 1.0)
+    white = slow.whiten(returns, mask)
+    given = [
+        replace(sample, per_token={"advantage": row[: len(sample.response_mask)].astype(np.float32)})
+        for sample, row in zip(samples, white, strict=True)
+    ]
+    trainer = make("whitened", model_dir, world)
+    update(trainer, samples[:7], samples[7:])
+    expected = trained_on(given, model_dir, world, name="ppo", advantage="grpo")
+    assert distance(first_gradient(trainer), expected) < 1e-5
+
+
+def test_lite_ppo_streams_to_the_batchs_deviation(world: World, model_dir: Path) -> None:
+    """Accumulated undivided as it comes, and the same when the batch is awaited."""
+    samples = make_batch()
+    scores, groups = [sample.reward for sample in samples], [sample.key.group for sample in samples]
+    divided = slow.lite_ppo(scores, groups)
+    mean_of = {group: np.mean([s for s, g in zip(scores, groups, strict=True) if g == group]) for group in set(groups)}
+    centred = [replace(sample, advantage=sample.reward - mean_of[sample.key.group]) for sample in samples]
+    given = [replace(sample, advantage=float(a)) for sample, a in zip(samples, divided, strict=True)]
+    expected = trained_on(given, model_dir, world, name="grpo", clip_high=0.2, dual_clip=None)
+    trainer = make("scaled", model_dir, world)
+    update(trainer, centred[:9], centred[9:])
+    assert distance(first_gradient(trainer), expected) < 1e-5
+
+
+def test_epochs_deal_out_every_group_whole_and_in_a_new_order(world: World) -> None:
+    samples = make_batch()
+    dealt = minibatches(samples, 4, 3, seed=(0, 5))
+    assert len(dealt) == 12
+    for epoch in range(3):
+        parts = dealt[4 * epoch : 4 * epoch + 4]
+        assert sorted(place for part in parts for place in part) == list(range(len(samples)))
+        groups = [{samples[place].key.group for place in part} for part in parts]
+        assert sum(map(len, groups)) == 6
+    assert dealt[:4] != dealt[4:8]
+    assert dealt == minibatches(samples, 4, 3, seed=(0, 5)) != minibatches(samples, 4, 3, seed=(0, 6))
+
+
+def test_old_log_probs_stay_those_of_before_the_update(world: World, model_dir: Path) -> None:
+    """The clip is felt only from the second step on, and the version counts updates, not steps."""
+    train = TrainConfig(learning_rate=3e-2, warmup_steps=0, grad_clip=1e9, micro_batch_tokens=64, epochs=3)
+    policy = load_policy(model_dir, world, temperature=TEMPERATURE)
+    trainer = PolicyTrainer(policy, world, train, configured("decoupled_ppo"))
+    metrics = update(trainer, make_batch())
+    assert metrics["training/steps"] == 3 and trainer.step == 1
+    assert metrics["actor/pg_clipfrac"] > 0.05
+    policy = load_policy(model_dir, world, temperature=TEMPERATURE)
+    once = PolicyTrainer(policy, world, replace(train, epochs=1), configured("decoupled_ppo"))
+    assert update(once, make_batch())["actor/pg_clipfrac"] == 0
+
+
+def test_an_update_stops_where_the_policy_has_gone_too_far(world: World, model_dir: Path) -> None:
+    train = TrainConfig(learning_rate=3e-2, warmup_steps=0, grad_clip=1e9, epochs=8, stop_kl=1e-3)
+    policy = load_policy(model_dir, world, temperature=TEMPERATURE)
+    trainer = PolicyTrainer(policy, world, train, configured("grpo", old="recomputed"))
+    assert 2 <= update(trainer, make_batch())["training/steps"] < 8
+
+
+def test_a_critic_learns_what_the_returns_are(world: World, model_dir: Path) -> None:
+    trainer = make("critic", model_dir, world, rate=1e-6)
+    losses = [update(trainer, make_batch())["critic/vf_loss"] for _ in range(6)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert trainer.critic is not None and trainer.critic.step == trainer.step == 6
+
+
+def test_an_adaptive_coefficient_seeks_its_target(world: World, model_dir: Path) -> None:
+    """The policy is its own reference at first: a KL of zero lowers the coefficient."""
+    reference = Reference(model_dir, world, temperature=TEMPERATURE)
+    own = [
+        replace(s, rollout_logprobs=row) for s, row in zip(make_batch(), reference.logprobs(make_batch()), strict=True)
+    ]
+    trainer = make("kl_in_reward", model_dir, world, rate=1e-9)
+    coefficients = [update(trainer, own)["actor/kl_coef"] for _ in range(2)]
+    assert coefficients[0] == 0.1
+    assert coefficients[1] == pytest.approx(0.1 * (1 - 0.2 * 23 / 10_000))

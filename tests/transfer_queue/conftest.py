@@ -20,6 +20,7 @@ from transfer_queue.core import Columns
 from transfer_queue.rows import Column, RowKey
 from transfer_queue.server import QueueServer
 from transfer_queue.shard import Shard
+from transfer_queue.spans import spans_of
 from transfer_queue.staleness import Accounts
 
 CONSUMERS = {
@@ -30,11 +31,18 @@ CONSUMERS = {
 NO_COLUMNS: Columns = MappingProxyType({})
 
 
+def as_travels(field: Any) -> Any:
+    """Keys as the spans that go over the wire."""
+    are_keys = isinstance(field, list | tuple) and field and all(isinstance(key, RowKey) for key in field)
+    return spans_of(field) if are_keys else field
+
+
 class DirectShard:
     """Calls a shard as a server would, with a time that the test sets. Peers in `gone` do not get their answers."""
 
     def __init__(self, config: QueueConfig, clock: Clock) -> None:
         self.now = 0.0
+        self.num_asked = 0
         self.gone: set[bytes] = set()
         self.events: list[tuple[str, RowKey, dict[str, Any]]] = []
         self.answers: dict[tuple[bytes, int], tuple[wire.Message, Columns]] = {}
@@ -51,7 +59,8 @@ class DirectShard:
     ) -> Any:
         """The answer, or the number of the request if it is parked."""
         number = next(self._ids)
-        self.shard.handle(peer, make(number, *fields), columns, self.now)
+        self.num_asked += 1
+        self.shard.handle(peer, make(number, *map(as_travels, fields)), columns, self.now)
         self.clock.receive()
         self.shard.settle(self.now)
         return self.answers.pop((peer, number))[0] if (peer, number) in self.answers else number

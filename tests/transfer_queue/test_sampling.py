@@ -9,21 +9,31 @@ from hypothesis import strategies as st
 from transfer_queue.sampling import Basket, balanced_partition
 
 
-def test_basket_takes_whole_units_up_to_its_rows() -> None:
-    basket: Basket[int] = Basket(5)
-    assert [basket.accepts([0, 0]), basket.accepts([0, 0]), basket.accepts([0, 0])] == [True, True, False]
+def test_basket_takes_whole_groups_up_to_its_rows() -> None:
+    basket: Basket[None] = Basket(5)
+    assert [basket.fill(None, 0b11, True), basket.fill(None, 0b1100, True), basket.fill(None, 0b11, True)] == [3, 12, 0]
 
 
-def test_unit_larger_than_the_basket_is_an_error_and_not_a_hang() -> None:
+def test_basket_of_rows_takes_the_first_that_fit() -> None:
+    basket: Basket[None] = Basket(5)
+    assert [basket.fill(None, 0b1011, False), basket.fill(None, 0b111010, False)] == [0b1011, 0b001010]
+
+
+def test_group_larger_than_the_basket_is_an_error_and_not_a_hang() -> None:
     with pytest.raises(ValueError, match="max_rows: 2"):
-        Basket(2).accepts([0, 0, 0])
+        Basket(2).fill(None, 0b111, True)
 
 
 def test_budget_bounds_the_cost_but_never_starves_a_long_row() -> None:
-    basket: Basket[int] = Basket(10, budget=5, cost=sum)
-    assert [basket.accepts([9]), basket.accepts([1])] == [True, False]
-    basket = Basket(10, budget=5, cost=sum)
-    assert [basket.accepts([2]), basket.accepts([3]), basket.accepts([1])] == [True, True, False]
+    def cost(lengths: list[int], bits: int) -> int:
+        return sum(length for index, length in enumerate(lengths) if bits >> index & 1)
+
+    basket = Basket(10, budget=5, cost=cost)
+    assert basket.fill([9, 1], 0b11, False) == 0b01
+    basket = Basket(10, budget=5, cost=cost)
+    assert basket.fill([2, 3, 1], 0b111, False) == 0b011
+    basket = Basket(10, budget=5, cost=cost)
+    assert [basket.fill([2, 3], 0b11, True), basket.fill([1], 0b1, True)] == [0b11, 0]
 
 
 @given(st.lists(st.integers(0, 1000), max_size=60), st.integers(1, 8))

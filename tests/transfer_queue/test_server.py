@@ -11,10 +11,12 @@ import zmq
 
 from transfer_queue import wire
 from transfer_queue.client import QueueClient
-from transfer_queue.rows import Column, RowKey
+from transfer_queue.frames import pack
+from transfer_queue.rows import Column
+from transfer_queue.spans import Span
 
 Make = Callable[..., Any]
-KEYS = [RowKey("train", 0, 0)]
+SPANS = [Span("train", 0, 0, 0, 1)]
 
 
 @pytest.fixture
@@ -35,17 +37,17 @@ def speak() -> Iterator[Callable[[str], zmq.Socket]]:
 
 def requests() -> list[list[bytes]]:
     """A good message of each kind."""
-    headers, frames = wire.pack({"tokens": Column.ragged([[1, 2]], "int32")})
+    headers, frames = pack({"tokens": Column.ragged([[1, 2]], "int32")})
     messages = [
         wire.Announce(1, "p", 0), wire.Reserve(2, "p", 1, 1, "train", 0, 0.0), wire.Announce(18, "p", 1 << 62),
-        wire.Take(4, "train", 1, ("tokens", 2), 0, 0, 0.0), wire.Ack(5, "reward", KEYS), wire.Commit(6, 0, 0, KEYS),
-        wire.Drop(7, KEYS, "tied"), wire.ProducerLost(8, "p"), wire.Introspect(9), wire.Locate(10), wire.Cancel(11, 3),
-        wire.Decline(12, "reward", KEYS), wire.Reserve(14, "p", 1 << 40, 1 << 40, "train", 1 << 60, 0.0),
+        wire.Take(4, "train", 1, ("tokens", 2), 0, 0, 0.0), wire.Ack(5, "reward", SPANS), wire.Commit(6, 0, 0, SPANS),
+        wire.Drop(7, SPANS, "tied"), wire.ProducerLost(8, "p"), wire.Introspect(9), wire.Locate(10), wire.Cancel(11, 3),
+        wire.Decline(12, "reward", SPANS), wire.Reserve(14, "p", 1 << 40, 1 << 40, "train", 1 << 60, 0.0),
         *(wire.Take(14, "reward", 1, None, None, 0, wait_s) for wait_s in (0.0, float("inf"), float("nan"), -1.0)),
         wire.Take(17, "train", -1, None, 1 << 62, 1 << 62, 1.0),
-        wire.Drop(19, [RowKey("train", -5, -5, -5), RowKey("", 1 << 62, 1 << 62, 1 << 62)], ""),
+        wire.Drop(19, [Span("train", -5, -5, 0, 1), Span("", 1 << 62, 1 << 62, 1 << 19, 1 << 20)], ""),
     ]  # fmt: skip
-    put = [wire.encode(wire.Put(13, KEYS, headers, [0])), *(bytes(frame) for frame in frames)]
+    put = [wire.encode(wire.Put(13, SPANS, headers, [0])), *(bytes(frame) for frame in frames)]
     return [[wire.encode(message)] for message in messages] + [put]
 
 
@@ -86,12 +88,12 @@ def test_ten_thousand_bad_messages_leave_the_shard_as_it_was(serve: Make, speak:
 
 def test_bad_request_with_an_id_is_answered_by_a_typed_error(serve: Make, speak: Make) -> None:
     socket = speak(serve().endpoint)
-    headers, _ = wire.pack({"tokens": Column.ragged([[1, 2]], "int32")})
+    headers, _ = pack({"tokens": Column.ragged([[1, 2]], "int32")})
     for frames in (
         [wire.MAGIC + b"\x93\xa8Announce\x07\xa1p"],
-        [wire.encode(wire.Put(7, KEYS, headers, [])), b"\0" * 7, b"\0" * 8],
-        [wire.encode(wire.Put(7, KEYS, [], []))],
-        [wire.encode(wire.Put(7, KEYS, headers, [1, 2])), b"\0" * 8, b"\0\0\0\0\0\0\0\0\2\0\0\0\0\0\0\0"],
+        [wire.encode(wire.Put(7, SPANS, headers, [])), b"\0" * 7, b"\0" * 8],
+        [wire.encode(wire.Put(7, SPANS, [], []))],
+        [wire.encode(wire.Put(7, SPANS, headers, [1, 2])), b"\0" * 8, b"\0\0\0\0\0\0\0\0\2\0\0\0\0\0\0\0"],
     ):
         socket.send_multipart(frames)
         assert socket.poll(5000), f"no answer to {frames}"

@@ -95,8 +95,8 @@ def test_repeated_put_is_accepted_and_a_different_one_refused(direct_shard: Make
     shard = direct_shard()
     shard.announce("p", 0)
     keys = keys_of(shard.reserve(groups=2))
-    assert shard.put(keys, value=1.0).count == 2
-    assert shard.put(keys, value=1.0).count == 2
+    assert shard.put(keys, value=1.0).unwanted == []
+    assert shard.put(keys, value=1.0).unwanted == []
     assert shard.put(keys, value=2.0).error == "DuplicateRow"
     assert len(shard.take("reward", 9).keys) == 2
 
@@ -108,7 +108,7 @@ def test_refused_put_changes_nothing(direct_shard: Make) -> None:
     keys = keys_of(shard.reserve(groups=2))
     assert "reserved at 1" in shard.put(keys, versions=[1, 0]).message
     assert shard.take("reward", 9).keys == []
-    assert shard.put(keys, versions=[1, 1]).count == 2
+    assert shard.put(keys, versions=[1, 1]).unwanted == []
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_put_for_a_dropped_row_is_ignored(direct_shard: Make) -> None:
     shard.announce("p", 0)
     keys = keys_of(shard.reserve(groups=2))
     assert shard.ask(wire.Drop, keys[:1], "tied").count == 1
-    assert shard.put(keys).count == 1
+    assert shard.put(keys).unwanted == [0]
     assert shard.take("reward", 9).keys == keys[1:]
 
 
@@ -245,10 +245,10 @@ def test_lost_producers_groups_come_back_whole_before_new_ones(direct_shard: Mak
     assert shard.clock.accounts.outstanding == {0: 4}
     again = shard.reserve("q", groups=2, size=2)
     assert [(group.group, group.attempt) for group in again] == [(1, 1), (3, 0)]
-    assert shard.put(mine[1].keys).count == 0, "the first attempt is gone"
-    assert shard.put(again[0].keys).count == 2
+    assert shard.put(mine[1].keys).unwanted == [0, 1], "the first attempt is gone"
+    assert shard.put(again[0].keys).unwanted == []
     assert shard.take("reward", 9).keys == [*mine[0].keys, *again[0].keys]
-    assert shard.put(other[0].keys).count == 2
+    assert shard.put(other[0].keys).unwanted == []
 
 
 def test_lost_producer_waits_no_longer(direct_shard: Make) -> None:

@@ -99,18 +99,31 @@ def slot_attention(
             raise ValueError(f"model: its attention uses {option!r}, which the embedded engine does not compute")
     layer: int = module.layer_idx  # type: ignore[assignment]
     query_THD, key_TKD, value_TKD = (states[0].transpose(0, 1) for states in (query, key, value))
+    return attend(layer, query_THD, key_TKD, value_TKD, step, scaling, sliding_window)[None], None
+
+
+def attend(
+    layer: int,
+    query_THD: Tensor,
+    key_TKD: Tensor,
+    value_TKD: Tensor,
+    step: Step,
+    scaling: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """(T, H, D): writes the step's keys and values into the caches and attends to what each token sees there."""
     n = step.num_decode
-    output_THD = query.new_empty((*query_THD.shape[:2], value.shape[3]))
+    output_THD = query_THD.new_empty((*query_THD.shape[:2], value_TKD.shape[2]))
     if n:
         step.decode_kv.write(layer, step.slots_T[:n], step.positions_T[:n], key_TKD[:n], value_TKD[:n])
     for span in step.spans:
-        output_THD[span.start : span.stop] = _decode(layer, query_THD, step.decode_kv, span, scaling, sliding_window)
+        output_THD[span.start : span.stop] = _decode(layer, query_THD, step.decode_kv, span, scaling, window)
     if step.chunks:
         step.prefill_kv.write(layer, step.slots_T[n:], step.positions_T[n:], key_TKD[n:], value_TKD[n:])
     for chunks in step.chunks:
-        output_RHD = _prefill(layer, query_THD, step.prefill_kv, chunks, scaling, sliding_window)
+        output_RHD = _prefill(layer, query_THD, step.prefill_kv, chunks, scaling, window)
         output_THD[chunks.target_R] = output_RHD
-    return output_THD[None], None
+    return output_THD
 
 
 def _decode(

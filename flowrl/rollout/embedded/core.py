@@ -7,6 +7,7 @@ decides when. Not thread-safe.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from flowrl.rollout.embedded import selfcheck, weights
 from flowrl.rollout.embedded.runner import Runner
-from flowrl.rollout.embedded.sampling import sample, stream_keys, uniforms
+from flowrl.rollout.embedded.sampling import penalise, sample, stream_keys, uniforms
 from flowrl.rollout.embedded.slots import SlotTable
 from flowrl.rollout.embedded.waiting import Sequence, WaitingQueue
 from flowrl.rollout.engine import FinishReason, GenerateRequest, Generation, PauseMode
+from flowrl.rollout.stop_strings import Decode, ends_in_stop, load_decode
 
 Finished = tuple[str, Generation]
 
@@ -43,6 +45,7 @@ class EmbeddedCore:
         prefill_tokens: int = 1024,
     ) -> None:
         self.version = version
+        self._path = Path(path)
         self._model = weights.load_model(Path(path), device, getattr(torch, dtype))
         config = self._model.config.get_text_config()
         bound = config.max_position_embeddings
@@ -74,6 +77,8 @@ class EmbeddedCore:
             )
         if min(request.tokens) < 0 or max(request.tokens) >= self._vocab_size:
             raise ValueError(f"tokens: token ids must be in [0, {self._vocab_size})")
+        if params.stop_strings:
+            _ = self._decode  # refused now if there is no tokenizer
 
     def submit(self, requests: Iterable[GenerateRequest]) -> None:
         """Queues checked requests."""
@@ -96,8 +101,10 @@ class EmbeddedCore:
         n = slots.num_active
         if not n:
             return []
+        logits = penalise(logits, slots.repetition_penalty[:n], slots.tokens, slots.count[:n])
         drawn = sample(logits, slots.sampling, uniforms(slots.stream[:n], slots.count[:n]))
         has_ended, has_stopped = slots.record(*drawn, self.version)
+        self._read_for_stops(has_ended, has_stopped)
         ended = np.flatnonzero(has_ended)
         if not len(ended):
             return []
@@ -144,6 +151,19 @@ class EmbeddedCore:
         while self.has_work:
             results.update(self.step())
         return [results[request.request_id] for request in requests]
+
+    def _read_for_stops(self, has_ended: np.ndarray, has_stopped: np.ndarray) -> None:
+        """Marks the slots whose newest token completes one of their stop strings."""
+        for row, sequence in enumerate(self._slots.sequences):
+            stops = sequence.request.sampling.stop_strings
+            if stops and not has_stopped[row]:
+                tokens = self._slots.tokens[row, : self._slots.count[row]].tolist()
+                if ends_in_stop(tokens, stops, self._decode):
+                    has_ended[row] = has_stopped[row] = True
+
+    @cached_property
+    def _decode(self) -> Decode:
+        return load_decode(self._path)
 
     def _leave(self, rows: np.ndarray) -> list[Sequence]:
         longest = int(self._slots.position[: self._slots.num_active].max(initial=0))

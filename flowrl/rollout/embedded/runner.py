@@ -6,7 +6,8 @@ Owns the two caches: decoding slots, dense, and the prompts under way. Knows not
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,10 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flowrl.rollout.embedded.attention import DecodeSpan, PaddedChunks, Step, Visibility
+from flowrl.rollout.embedded.dense import DenseForward, is_dense
 from flowrl.rollout.embedded.kv_cache import KVCache
 from flowrl.rollout.embedded.waiting import Chunk
 
 Array = np.ndarray
+Forward = Callable[[Tensor, Tensor, Step], Tensor]
 
 _SPAN_TOKENS = 1024
 
@@ -25,7 +28,7 @@ _SPAN_TOKENS = 1024
 class Runner:
     def __init__(self, model: PreTrainedModel, max_slots: int, max_model_tokens: int, prefill_tokens: int) -> None:
         """`prefill_tokens`: prompt tokens a step at most. A step begins no more prompts than there are free slots."""
-        self._model = model
+        self._forward: Forward = DenseForward(model) if is_dense(model) else partial(_call, model)
         self._device = model.device
         self._decode_kv = KVCache(max_slots, max_model_tokens)
         self._prefill_kv = KVCache(min(prefill_tokens, max_slots) + 1, max_model_tokens)
@@ -38,15 +41,9 @@ class Runner:
         tokens = _concatenate([last_tokens_N, *(chunk.group.tokens[chunk.start : chunk.end] for chunk in chunks)])
         ends = n + np.cumsum([chunk.end - chunk.start for chunk in chunks], dtype=np.int64)
         admitted = np.array([chunk.num_admitted for chunk in chunks], dtype=np.int64)
-        output = self._model(
-            input_ids=self._tensor(tokens)[None],
-            position_ids=step.positions_T[None],
-            use_cache=False,
-            logits_to_keep=self._tensor(_concatenate([np.arange(n), ends[admitted > 0] - 1])),
-            step=step,
-        )
+        wanted = _concatenate([np.arange(n), ends[admitted > 0] - 1])
+        logits = self._forward(self._tensor(tokens), self._tensor(wanted), step)
         self._admit([chunk for chunk in chunks if chunk.num_admitted], n)
-        logits = output.logits[0]
         if (admitted <= 1).all():
             return logits
         copies = np.concatenate([np.ones(n, dtype=np.int64), admitted[admitted > 0]])
@@ -129,6 +126,16 @@ def spans(positions: Array, first: int = 0) -> list[tuple[int, int, int]]:
     if num * longest - int(read[cut - 1]) < _SPAN_TOKENS:
         return whole
     return spans(positions[:cut], first) + spans(positions[cut:], first + cut)
+
+
+def _call(model: PreTrainedModel, tokens_T: Tensor, wanted_W: Tensor, step: Step) -> Tensor:
+    """Logits (W, V) by the model's own forward."""
+    positions = step.positions_T[None]
+    output = model(
+        input_ids=tokens_T[None], position_ids=positions, use_cache=False, logits_to_keep=wanted_W, step=step
+    )
+    logits: Tensor = output.logits[0]
+    return logits
 
 
 def _concatenate(arrays: Iterable[Array]) -> Array:

@@ -53,6 +53,22 @@ def uniforms(keys_N: Array, counters_N: Array) -> Array:
     return (bits >> np.uint64(64 - _UNIFORM_BITS)).astype(np.float32) * np.float32(2.0**-_UNIFORM_BITS)
 
 
+def penalise(logits_NV: Tensor, penalty_N: Array, tokens_NT: Array, counts_N: Array) -> Tensor:
+    """Logits after the repetition penalty, for responses of which row n has the tokens `tokens_NT[n, : counts_N[n]]`."""
+    rows = np.flatnonzero((penalty_N != 1) & (counts_N > 0))
+    if not len(rows):
+        return logits_NV
+    seen_RT = tokens_NT[rows, : counts_N[rows].max()].astype(np.int64)
+    is_there_RT = np.arange(seen_RT.shape[1]) < counts_N[rows, None]
+    index_RT = torch.from_numpy(np.where(is_there_RT, seen_RT, seen_RT[:, :1])).to(logits_NV.device)
+    rows_R = torch.from_numpy(rows).to(logits_NV.device)
+    penalty_R1 = torch.from_numpy(penalty_N[rows, None]).to(logits_NV.device)
+    logits_NV = logits_NV.float().clone()
+    old_RT = logits_NV[rows_R[:, None], index_RT]
+    logits_NV[rows_R[:, None], index_RT] = torch.where(old_RT < 0, old_RT * penalty_R1, old_RT / penalty_R1)
+    return logits_NV
+
+
 def sample(logits_NV: Tensor, columns: SamplingColumns, uniforms_N: Array) -> tuple[Array, Array]:
     """(tokens int64 (N,), logprobs float32 (N,)). Log-probs are at the sampling temperature (1 where it is 0) and
     before the filters."""

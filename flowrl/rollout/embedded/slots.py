@@ -34,6 +34,7 @@ class SlotTable:
         self.top_p = np.zeros(max_slots, dtype=np.float32)
         self.top_k = np.zeros(max_slots, dtype=np.int64)
         self.min_p = np.zeros(max_slots, dtype=np.float32)
+        self.repetition_penalty = np.ones(max_slots, dtype=np.float32)
         self.stops: Array = np.full((max_slots, 1), _NO_TOKEN, dtype=np.int64)
         self.tokens: Array = np.zeros((max_slots, 16), dtype=np.int32)
         self.logprobs: Array = np.zeros((max_slots, 16), dtype=np.float32)
@@ -60,6 +61,7 @@ class SlotTable:
         self.top_p[rows] = [one.top_p for one in params]
         self.top_k[rows] = [one.top_k for one in params]
         self.min_p[rows] = [one.min_p for one in params]
+        self.repetition_penalty[rows] = [one.repetition_penalty for one in params]
         self._set_stops(rows.start, [one.stop_token_ids for one in params])
         self._widen(int(self.count[rows].max()))
         for row, sequence in enumerate(sequences, start=rows.start):

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flowrl.rollout.embedded.attention import SLOT_ATTENTION
 from flowrl.rollout.engine import EngineError
+from flowrl.weights.loading import load_in_place
 
 
 def load_model(path: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -29,6 +30,7 @@ def load_model(path: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:
     model.set_attn_implementation(SLOT_ATTENTION)
     module: torch.nn.Module = model
     module.to(device).eval().requires_grad_(False)
+    _take_out_of_files(model)
     return model
 
 
@@ -37,6 +39,10 @@ def replace_from_directory(model: PreTrainedModel, path: Path) -> None:
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise EngineError(f"weights: no *.safetensors in {path}; nothing was replaced")
+    try:
+        return load_in_place(model.state_dict(keep_vars=True), path)
+    except (OSError, ValueError):
+        pass  # What does not fit as it lies is named below, or translated.
     with _mapped(files) as tensors:
         if _unknown(model, tensors):
             # Some architectures are stored under other names than they run with; transformers knows how to translate.
@@ -64,6 +70,13 @@ def replace(model: PreTrainedModel, tensors: Mapping[str, Tensor], source: str) 
         raise EngineError(f"weights of {source} are not this model's, nothing was replaced: {listed}")
     for parameter, tensor in copies:
         parameter.copy_(tensor)
+
+
+@torch.no_grad()
+def _take_out_of_files(model: PreTrainedModel) -> None:
+    """transformers leaves tensors of the right dtype in the mapped file; a file that is mapped cannot be reused."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.detach().clone()
 
 
 def _unknown(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> list[str]:

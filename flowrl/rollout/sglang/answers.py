@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from flowrl.rollout.engine import FinishReason, GenerateRequest, Generation
 from flowrl.rollout.sglang.client import GenerateAnswer, GenerateBody, SamplingBody
 from flowrl.rollout.sglang.versions import token_versions
+from flowrl.rollout.stop_strings import Decode, first_stop
 
 
 def generate_body(request: GenerateRequest, rid: str, extra_key: str) -> GenerateBody:
@@ -24,6 +25,7 @@ def generate_body(request: GenerateRequest, rid: str, extra_key: str) -> Generat
             top_p=sampling.top_p,
             top_k=sampling.top_k or -1,
             min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
             stop_token_ids=sampling.stop_token_ids,
             ignore_eos=not sampling.stop_token_ids,
             sampling_seed=sampling.seed,
@@ -43,6 +45,19 @@ def generation(answer: GenerateAnswer, sent_under: int, replaced_ahead: Collecti
         logprobs=logprobs,
         versions=token_versions(meta.weight_versions, len(entries), sent_under, replaced_ahead),
         finish_reason=FinishReason(meta.finish_reason.type),
+    )
+
+
+def cut_at_stop(made: Generation, stops: Sequence[str], decode: Decode) -> Generation:
+    """The response up to its first stop string. A server without a tokenizer sees none, and goes on to the end."""
+    count = first_stop(made.tokens.tolist(), stops, decode)
+    if count is None:
+        return made
+    return Generation(
+        tokens=made.tokens[:count],
+        logprobs=made.logprobs[:count],
+        versions=made.versions[:count],
+        finish_reason=FinishReason.STOP,
     )
 
 

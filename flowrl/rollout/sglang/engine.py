@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from flowrl.rollout.engine import Capabilities, EngineError, GenerateRequest, Generation, PauseMode
-from flowrl.rollout.sglang.answers import generate_body, generation, nothing_generated
+from flowrl.rollout.scheduling.routing import Router
+from flowrl.rollout.sglang.answers import cut_at_stop, generate_body, generation, nothing_generated
 from flowrl.rollout.sglang.arguments import ServerSettings
 from flowrl.rollout.sglang.checkpoint import Shapes, misfit, read_config, read_shapes, vocab_size
 from flowrl.rollout.sglang.fleet import Fleet
 from flowrl.rollout.sglang.flights import Admission, Flight, Flights, all_ended
+from flowrl.rollout.stop_strings import Decode, load_decode
 
 _ABORT_AGAIN_S = 0.25
 _DROP_AFTER_S = 10.0
@@ -41,7 +43,8 @@ class SGLangCapabilities(Capabilities):
 
 class SGLangEngine:
     """With `urls` the engine uses servers that run already (they hold the weights of this engine alone and see its file
-    system); otherwise `start` launches one. The other arguments are those of `ServerSettings`."""
+    system); otherwise `start` launches `servers` of them. Each request goes to the least loaded, or to the one that has
+    its prompt unless `is_spread`. The other arguments are those of `ServerSettings`."""
 
     _fleet: Fleet | None
     _flights: Flights
@@ -50,6 +53,9 @@ class SGLangEngine:
     _replaced_ahead: set[int]
     _held: Shapes
     _is_tied: bool
+    _router: Router
+    _path: Path
+    _decode: Decode | None
 
     def __init__(
         self,
@@ -64,17 +70,26 @@ class SGLangEngine:
         startup_timeout_s: float = 600.0,
         load_timeout_s: float = 600.0,
         urls: Sequence[str] = (),
+        servers: int = 1,
+        is_spread: bool = False,
     ) -> None:
-        self._settings = ServerSettings(
-            python=python,
-            device=device,
-            host=host,
-            port=port,
-            server_args=server_args or {},
-            env=env or {},
-            log_path=log_path,
-            startup_timeout_s=startup_timeout_s,
-        )
+        if servers < 1 or (servers > 1 and port):
+            raise ValueError(f"servers: {servers}; at least 1, and of several each chooses its own port (port={port})")
+        logs = [log_path, *(log_path.with_stem(f"{log_path.stem}.{number}") for number in range(1, servers))]
+        self._settings = [
+            ServerSettings(
+                python=python,
+                device=device,
+                host=host,
+                port=port,
+                server_args=server_args or {},
+                env=env or {},
+                log_path=log,
+                startup_timeout_s=startup_timeout_s,
+            )
+            for log in logs
+        ]
+        self._is_spread = is_spread
         self._load_timeout_s = load_timeout_s
         self._urls = tuple(urls)
         self._control = asyncio.Lock()
@@ -97,6 +112,7 @@ class SGLangEngine:
             raise ValueError(f"version: {version}; the engine has been started already: restart or close it")
         config = read_config(path)
         self._held = read_shapes(path)
+        self._path, self._decode = path, None
         self._is_tied = bool(config.get("tie_word_embeddings", False))
         self._fleet = fleet = Fleet(on_failure=self._flights.fail)
         try:
@@ -107,6 +123,7 @@ class SGLangEngine:
                 await self._resume()
             else:
                 await fleet.launch(self._settings, path, version)
+            self._router = Router(len(fleet.clients()), self._is_spread)
             infos = await fleet.infos()
         except BaseException:
             await self.close()
@@ -192,8 +209,16 @@ class SGLangEngine:
             raise ValueError(f"tokens: none in request {request.request_id!r}; a prompt has at least one")
         if min(request.tokens) < 0 or max(request.tokens) >= num_ids:
             raise ValueError(f"tokens: {request.tokens}; each must be in [0, {num_ids}), the model's vocabulary")
+        if request.sampling.stop_strings:
+            self._read()
         if wanted > longest:
             raise ValueError(f"max_tokens: {wanted} with the prompt; the engine holds {longest} tokens a request")
+
+    def _read(self) -> Decode:
+        """ValueError if the model came without a tokenizer."""
+        if self._decode is None:
+            self._decode = load_decode(self._path)
+        return self._decode
 
     def _check_weights(self, path: Path) -> None:
         try:
@@ -205,11 +230,11 @@ class SGLangEngine:
 
     async def _send(self, request: GenerateRequest, flight: Flight) -> Generation:
         fleet = self._usable()
-        endpoint = fleet.least_busy()
+        server = self._router.choose(request.tokens)
+        client = fleet.clients()[server]
         sent_under = self._version
         body = generate_body(request, flight.rid, self._extra_key)
-        endpoint.num_running += 1
-        flight.call = asyncio.create_task(endpoint.client.generate(body))
+        flight.call = asyncio.create_task(client.generate(body))
         try:
             answer = await flight.call
         except EngineError:
@@ -220,14 +245,16 @@ class SGLangEngine:
                 return nothing_generated()
             # Nobody waits for it any more; a server that is gone has nothing left to abort.
             with suppress(EngineError):
-                await endpoint.client.abort(flight.rid)
+                await client.abort(flight.rid)
             raise
         finally:
-            endpoint.num_running -= 1
+            self._router.leave(server)
         try:
-            return generation(answer, sent_under, self._replaced_ahead)
+            made = generation(answer, sent_under, self._replaced_ahead)
         except ValueError as error:
-            raise EngineError(f"{endpoint.client.name} answered request {request.request_id!r} with {error}") from error
+            raise EngineError(f"{client.name} answered request {request.request_id!r} with {error}") from error
+        stops = request.sampling.stop_strings
+        return cut_at_stop(made, stops, self._read()) if stops else made
 
     async def _drain(self, flights: list[Flight]) -> None:
         """Waits until running servers have ended what they were asked to end. A server loses the question for a request

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from flowrl.rollout.engine import EngineError
@@ -19,54 +18,43 @@ from flowrl.rollout.sglang.server import ServerProcess
 Call = Callable[[SGLangClient], Awaitable[None]]
 
 
-@dataclass(eq=False)
-class Endpoint:
-    """num_running: requests that this engine has there."""
-
-    client: SGLangClient
-    num_running: int = 0
-
-
 class Fleet:
     """on_failure is called once, with what every later use raises. Who opens it closes it."""
 
     def __init__(self, on_failure: Callable[[EngineError], None]) -> None:
         self._on_failure = on_failure
-        self._endpoints: list[Endpoint] = []
-        self._process: ServerProcess | None = None
-        self._watcher: asyncio.Task[None] | None = None
+        self._clients: list[SGLangClient] = []
+        self._processes: list[ServerProcess] = []
+        self._watchers: list[asyncio.Task[None]] = []
         self._failure = ""
 
-    async def launch(self, settings: ServerSettings, model: Path, version: int) -> None:
-        """One server of our own, on `model`. Returns when it generates."""
-        self._process = process = ServerProcess(settings)
-        await process.launch(model, version)
-        client = SGLangClient(process.url, process.name)
-        self._endpoints = [Endpoint(client)]
-        await process.ready(client)
-        self._watcher = asyncio.create_task(self._watch(process))
+    async def launch(self, settings: Sequence[ServerSettings], model: Path, version: int) -> None:
+        """Servers of our own, on `model`, all at once. Returns when they generate."""
+        self._processes = [ServerProcess(one) for one in settings]
+        for process in self._processes:
+            await process.launch(model, version)
+            self._clients.append(SGLangClient(process.url, process.name))
+        pairs = zip(self._processes, self._clients, strict=True)
+        await asyncio.gather(*(process.ready(client) for process, client in pairs))
+        self._watchers = [asyncio.create_task(self._watch(process)) for process in self._processes]
 
     def connect(self, urls: Sequence[str]) -> None:
         """Servers that run already. Whether they answer shows at the first call."""
-        self._endpoints = [Endpoint(SGLangClient(url, f"SGLang server {url}")) for url in urls]
+        self._clients = [SGLangClient(url, f"SGLang server {url}") for url in urls]
 
     async def close(self) -> None:
-        if self._watcher is not None:
-            self._watcher.cancel()
+        for watcher in self._watchers:
+            watcher.cancel()
         await self.fail("the engine was closed")
-        if self._process is not None:
-            await self._process.close()
+        await asyncio.gather(*(process.close() for process in self._processes))
 
     def check(self) -> None:
         """EngineError if it has failed."""
         if self._failure:
             raise EngineError(self._failure)
 
-    def least_busy(self) -> Endpoint:
-        return min(self._endpoints, key=lambda endpoint: endpoint.num_running)
-
     def clients(self) -> list[SGLangClient]:
-        return [endpoint.client for endpoint in self._endpoints]
+        return self._clients
 
     async def infos(self) -> list[ServerInfo]:
         return [await client.server_info() for client in self.clients()]

@@ -1,0 +1,127 @@
+"""What a run needs of memory, shared memory and disk, from its recipe and the model's shape. Pure arithmetic.
+
+Exact where the code allocates so much (masters, optimizer, published versions, the queue's limit), rough where it
+depends on the data (activations, prompts, rows). Each figure says which.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from controllers.placement import WorkerPlan
+from flowrl.config import Recipe
+from flowrl.doctor.shape import ModelShape
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+PROCESS_BYTES = {"torch": 450 << 20, "light": 60 << 20}
+"""A worker's own, before it holds anything: interpreter and libraries, measured on a CPU build of torch."""
+ACTIVATIONS_PER_LAYER = 10
+"""Tensors of tokens x hidden that a layer keeps for its backward, besides those of tokens x intermediate."""
+INTERMEDIATE_TENSORS = 4
+LOGITS_BYTES = 256 << 20
+"""Log-probabilities are computed in pieces of the vocabulary's rows: at most about so much at once."""
+EVALUATION_BATCH = 256
+EVENTS_PER_ROW = 5
+EVENT_BYTES = 110
+METRICS_BYTES = 1500
+SAMPLE_BYTES = 600
+
+
+@dataclass(frozen=True)
+class Need:
+    """amount: bytes. is_exact: the code allocates just that."""
+
+    what: str
+    amount: int
+    is_exact: bool
+
+
+def worker_memory(plan: WorkerPlan, recipe: Recipe, shape: ModelShape) -> list[Need]:
+    """Of one worker, on its device if that is no CPU, else in main memory. Empty where nothing is known of it."""
+    if plan.worker == "train":
+        return trainer_memory(plan, recipe, shape)
+    if plan.worker == "rollout" and recipe.rollout.engine == "sglang":
+        return [
+            Need(
+                "weights in the server (its KV cache: server_args.mem_fraction_static)", _serving(recipe, shape), False
+            )
+        ]
+    if plan.worker == "rollout":
+        return engine_memory(recipe, shape, recipe.rollout.concurrency * recipe.rollout.group_size)
+    if plan.worker == "evaluate":
+        return engine_memory(recipe, shape, EVALUATION_BATCH)
+    return []
+
+
+def trainer_memory(plan: WorkerPlan, recipe: Recipe, shape: ModelShape) -> list[Need]:
+    """Sharded over the ranks: masters, gradients, Adam's two moments. Whole on each rank during an update: parameters
+    in the compute dtype and the gradients that are accumulated."""
+    train, share = recipe.train, -(-shape.parameters // plan.world_size)
+    compute = ITEM_BYTES[train.compute_dtype]
+    is_sharded = plan.world_size > 1 or train.compute_dtype != "float32"
+    gathered = shape.parameters * (compute + 4) if is_sharded else 0
+    tokens = train.micro_batch_tokens
+    width = ACTIVATIONS_PER_LAYER * shape.hidden + INTERMEDIATE_TENSORS * shape.intermediate
+    return [
+        Need("masters, gradients and Adam's moments, float32", 16 * share, True),
+        *([Need("parameters and gradients, gathered for an update", gathered, True)] if gathered else []),
+        Need(f"activations of a micro-batch of {tokens} tokens", tokens * shape.layers * width * compute, False),
+        Need("logits, in pieces", min(LOGITS_BYTES, 2 * tokens * shape.vocabulary * 4), False),
+    ]
+
+
+def engine_memory(recipe: Recipe, shape: ModelShape, batch: int) -> list[Need]:
+    """The embedded engine's: its KV cache has room for every response at its longest."""
+    item = ITEM_BYTES[recipe.model.dtype]
+    tokens = min(shape.context, recipe.data.max_prompt_tokens + recipe.rollout.max_tokens)
+    return [
+        Need("weights", _serving(recipe, shape), True),
+        Need(
+            f"KV cache, at most {batch} responses of {tokens} tokens (prompts may be shorter)",
+            batch * tokens * shape.kv_elements_per_token * item,
+            False,
+        ),
+    ]
+
+
+def shared_memory(recipe: Recipe, shape: ModelShape) -> list[Need]:
+    """Of a node: what lies in its session directory, and the rows of its shard."""
+    versions = recipe.weights.buffers + 2
+    published = [Need(f"{versions} published versions of the weights", versions * _serving(recipe, shape), True)]
+    rows = Need("rows of the queue's shard, at most (queue.byte_limit_mb)", recipe.queue.byte_limit_mb << 20, True)
+    return [*(published if recipe.weights.transport == "shared_memory" else []), rows]
+
+
+def disk_per_update(recipe: Recipe) -> list[Need]:
+    """What every update adds to the run's directory."""
+    rows = recipe.train.batch_groups * recipe.rollout.group_size
+    samples = 2 * recipe.train.batch_groups / recipe.run.samples_every
+    return [
+        Need("events.jsonl", rows * EVENTS_PER_ROW * EVENT_BYTES, False),
+        Need("metrics.jsonl", METRICS_BYTES, False),
+        Need("samples.jsonl", round(samples * (SAMPLE_BYTES + 4 * recipe.rollout.max_tokens)), False),
+    ]
+
+
+def disk_in_all(recipe: Recipe, shape: ModelShape) -> list[Need]:
+    """At the run's end."""
+    kept = recipe.run.checkpoints_kept if recipe.run.checkpoint_every else 1
+    exports = 2 if recipe.warm_start is not None else 1
+    per_update = sum(need.amount for need in disk_per_update(recipe))
+    needs = [
+        Need(f"logs of {recipe.train.steps} updates", recipe.train.steps * per_update, False),
+        Need(f"{kept + 1} checkpoints, one of them being written", (kept + 1) * 12 * shape.parameters, True),
+        Need(f"{exports} exported models", exports * _serving(recipe, shape), True),
+    ]
+    if recipe.weights.transport == "disk":
+        versions = recipe.weights.buffers + 2
+        needs.append(Need(f"{versions} published versions (weights.dir)", versions * _serving(recipe, shape), True))
+    return needs
+
+
+def process_bytes(plan: WorkerPlan) -> int:
+    return PROCESS_BYTES["light" if plan.worker == "queue" else "torch"]
+
+
+def _serving(recipe: Recipe, shape: ModelShape) -> int:
+    return shape.parameters * ITEM_BYTES[recipe.model.dtype]

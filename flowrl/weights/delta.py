@@ -1,0 +1,72 @@
+"""A slice as it travels: whole, or as the bytes that changed against a version that both ends have.
+
+At small learning rates most bfloat16 weights keep their bits in an update. What is sent then is new XOR old, its byte
+planes apart (the high bytes hardly ever change), compressed: never more bytes than the whole. Bytes are compared, not
+guessed, and the digest of the new bytes is verified whatever the way.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import numpy as np
+import xxhash
+import zstandard
+
+_PLANES = 4
+_LEVEL = 1
+
+
+class Encoding(enum.IntEnum):
+    """WHOLE: the bytes. SAME: nothing changed, nothing is sent. CHANGES: see `encode`."""
+
+    WHOLE = 0
+    SAME = 1
+    CHANGES = 2
+
+
+def digest(data: np.ndarray) -> int:
+    return xxhash.xxh3_64_intdigest(data.data)
+
+
+def encode(new: np.ndarray, base: np.ndarray | None) -> tuple[Encoding, bytes | np.ndarray]:
+    """Of uint8 arrays of equal length; without a base the whole. The payload is never longer than `new`."""
+    if base is None:
+        return Encoding.WHOLE, new
+    changed = np.bitwise_xor(new, base)
+    if not changed.any():
+        return Encoding.SAME, b""
+    packed = zstandard.ZstdCompressor(level=_LEVEL).compress(_into_planes(changed).data)
+    return (Encoding.CHANGES, packed) if len(packed) < len(new) else (Encoding.WHOLE, new)
+
+
+def decode(encoding: Encoding, payload: memoryview | bytes, base: np.ndarray | None, num_bytes: int) -> np.ndarray:
+    """The new bytes. Raises ValueError for a payload that cannot be what it is said to be."""
+    if encoding is Encoding.WHOLE:
+        whole = np.frombuffer(payload, np.uint8)
+        if len(whole) != num_bytes:
+            raise ValueError(f"a slice of {num_bytes} bytes came with {len(whole)}")
+        return whole
+    if base is None:
+        raise ValueError("changes came to a version that is not here")
+    if encoding is Encoding.SAME:
+        return base
+    try:
+        said = zstandard.get_frame_parameters(payload).content_size
+        if said != num_bytes:  # before anything is allocated for it
+            raise ValueError(f"changes of {num_bytes} bytes that say they are {said}")
+        planes = zstandard.ZstdDecompressor().decompress(payload)
+    except zstandard.ZstdError as error:
+        raise ValueError(f"changes that cannot be unpacked: {error}") from error
+    return np.bitwise_xor(_from_planes(np.frombuffer(planes, np.uint8)), base)
+
+
+def _into_planes(data: np.ndarray) -> np.ndarray:
+    """First bytes of all words, then second ones, and so on; what is no whole word at the end."""
+    whole = len(data) // _PLANES * _PLANES
+    return np.concatenate([data[:whole].reshape(-1, _PLANES).T.reshape(-1), data[whole:]])
+
+
+def _from_planes(planes: np.ndarray) -> np.ndarray:
+    whole = len(planes) // _PLANES * _PLANES
+    return np.concatenate([planes[:whole].reshape(_PLANES, -1).T.reshape(-1), planes[whole:]])

@@ -1,0 +1,93 @@
+"""From a published version into the tensors of a model that is being served, in place.
+
+Everything is compared before anything is overwritten. Bytes are read straight into the parameters where dtype and
+device allow it: mapping the file would fault every page of it in anew for each version.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from flowrl.weights.names import extents_on_disk
+from flowrl.weights.store import reading
+from flowrl.weights.tensorfile import Slot, read_slots
+
+_CHUNK_BYTES = 4 << 20
+
+
+class _Copy(NamedTuple):
+    """Elements of the module's tensor from `begin` on, out of the slot of a file."""
+
+    target: torch.Tensor
+    begin: int
+    slot: Slot
+    file: Path
+
+
+@torch.no_grad()
+def load_in_place(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Overwrites `tensors`, a state dict with `keep_vars=True`, by the weights of the directory `path`.
+
+    Raises ValueError, with nothing overwritten, if names or shapes are not the same on both sides or a file is cut
+    short; FileNotFoundError if the version has gone.
+    """
+    with reading(path):
+        copies = _copies(tensors, path)
+        opened = {file: os.open(file, os.O_RDONLY | os.O_CLOEXEC) for file in {copy.file for copy in copies}}
+        try:
+            staging = torch.empty(_CHUNK_BYTES, dtype=torch.uint8)
+            for copy in copies:
+                _read(opened[copy.file], copy, staging)
+        finally:
+            for fd in opened.values():
+                os.close(fd)
+
+
+def _copies(tensors: Mapping[str, torch.Tensor], path: Path) -> list[_Copy]:
+    files = {file: read_slots(file) for file in sorted(path.glob("*.safetensors"))}
+    for file, slots in files.items():
+        end = max((slot.begin + slot.kind.num_bytes for slot in slots.values()), default=0)
+        if file.stat().st_size < end:
+            raise ValueError(f"weights: {file} has {file.stat().st_size} bytes, and {end} by its header")
+    where = {name: (slot, file) for file, slots in files.items() for name, slot in slots.items()}
+    extents = extents_on_disk(tensors, {name: slot.kind for name, (slot, _) in where.items()}, path)
+    scattered = [name for name in extents if not tensors[name].is_contiguous()]
+    if scattered:
+        raise ValueError(f"weights: {scattered[0]} does not lie in one piece in this model")
+    unknown = where.keys() - {extent.name for found in extents.values() for extent in found} - tensors.keys()
+    if unknown:
+        raise ValueError(f"weights: {path} has {', '.join(sorted(unknown)[:5])}, which the model does not know")
+    return [
+        _Copy(tensors[name].detach(), extent.begin, *where[extent.name])
+        for name, found in extents.items()
+        for extent in found
+    ]
+
+
+def _read(fd: int, copy: _Copy, staging: torch.Tensor) -> None:
+    kind = copy.slot.kind
+    target = copy.target
+    if target.dtype == kind.dtype and target.device.type == "cpu":
+        flat = target.view(-1)[copy.begin : copy.begin + kind.shape.numel()]
+        return _fill(fd, flat.view(torch.uint8), copy.slot.begin)
+    each = _CHUNK_BYTES // kind.dtype.itemsize
+    flat = target.view(-1)
+    for begin in range(0, kind.shape.numel(), each):
+        count = min(each, kind.shape.numel() - begin)
+        chunk = staging[: count * kind.dtype.itemsize]
+        _fill(fd, chunk, copy.slot.begin + begin * kind.dtype.itemsize)
+        flat[copy.begin + begin : copy.begin + begin + count].copy_(chunk.view(kind.dtype))
+
+
+def _fill(fd: int, target: torch.Tensor, begin: int) -> None:
+    """All of `target`, uint8, from the file's byte `begin` on. The kernel gives at most 2 GiB a call."""
+    view = target.numpy().data
+    while view:
+        count = os.preadv(fd, [view], begin)
+        assert count, "the file ends before its header says; it was checked a moment ago"
+        view, begin = view[count:], begin + count

@@ -1,0 +1,226 @@
+"""Getting a rank's pieces of a version into the version's file. Every rank has one writer; no tensor is gathered.
+
+`PooledWriter` writes to buffers in shared memory that all ranks of a node have mapped; `FileWriter` to a new file in a
+directory that all ranks see. Calls come in this order: open, write, then commit (or abandon) on the one that publishes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from flowrl.weights.buffers import WEIGHTS_FILE, Borrower, Buffer, Lender, create_file, link
+from flowrl.weights.plan import Piece, Plan
+from flowrl.weights.pool import BufferPool, OnPublished
+from flowrl.weights.ranks import Ranks, WeightsError
+from flowrl.weights.store import WeightStore
+
+_LENDING_TIMEOUT_S = 120.0
+_CHUNK_BYTES = 1 << 20
+
+Locals = Mapping[str, torch.Tensor]
+
+
+class Writer(Protocol):
+    def open(self, version: int) -> None:
+        """On every rank: a place to write to."""
+        ...
+
+    def write(self, tensors: Locals) -> None:
+        """This rank's pieces, from the tensors (or shards) that it has."""
+        ...
+
+    def commit(self, version: int, pin: str) -> Path | None:
+        """On the rank that publishes, after all have written."""
+        ...
+
+    def abandon(self) -> None:
+        """On every rank, instead of commit."""
+        ...
+
+    def discard_newer_than(self, version: int) -> None:
+        """On every rank: see `WeightStore.discard_newer_than`."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class PooledWriter:
+    """root, buffers: of the node's store. store: on the rank that publishes on this node, None on its peers."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        ranks: Ranks,
+        publisher: int,
+        num_peers: int,
+        root: Path,
+        buffers: int,
+        store: WeightStore | None,
+        companions: Sequence[Path],
+        on_published: OnPublished,
+    ) -> None:
+        self._pieces = plan.pieces(ranks.rank)
+        self._touched = [(piece.begin, piece.end) for piece in self._pieces]
+        self._ranks = ranks
+        self._publisher = publisher
+        self._num_keys = buffers + 2
+        self._pool = None if store is None else BufferPool(store, plan.layout, companions, on_published)
+        self._views: dict[int, list[torch.Tensor]] = {}
+        self._buffer: Buffer | None = None
+        self._key = -1
+        self._lender = Lender(root, num_peers, _LENDING_TIMEOUT_S) if self._pool and num_peers else None
+        ranks.agree(None, "lending buffers")
+        self._borrower = None if self._pool else Borrower(root, _LENDING_TIMEOUT_S)
+
+    def open(self, version: int) -> None:
+        error: OSError | None = None
+        word: list[int] = []
+        if self._pool is not None:
+            try:
+                self._buffer = self._pool.begin()
+                word = [0, self._buffer.key, *self._pool.live_keys()]
+            except OSError as failure:
+                error, word = failure, [1]
+        words = self._ranks.gather_numbers(word + [-1] * (2 + self._num_keys - len(word)))
+        failed = [rank for rank, (code, *_) in enumerate(words) if code == 1]
+        if failed:
+            self.abandon()
+            raise error or WeightsError(f"version {version}: ranks {failed} have no room for it; see their logs")
+        _, self._key, *live = words[self._publisher]
+        self._views = {key: views for key, views in self._views.items() if key in live}
+        if self._key not in self._views:
+            file = self._map()
+            self._views[self._key] = [_view(file, piece) for piece in self._pieces]
+
+    def write(self, tensors: Locals) -> None:
+        for piece, view in zip(self._pieces, self._views[self._key], strict=True):
+            view.copy_(tensors[piece.name])
+
+    def commit(self, version: int, pin: str) -> Path | None:
+        assert self._pool is not None and self._buffer is not None, "only the rank that publishes commits"
+        return self._pool.commit(self._buffer, version, pin)
+
+    def abandon(self) -> None:
+        if self._pool is not None and self._buffer is not None:
+            self._pool.abandon(self._buffer)
+            self._buffer = None
+
+    def discard_newer_than(self, version: int) -> None:
+        if self._pool is not None:
+            self._pool.discard_newer_than(version)
+
+    def close(self) -> None:
+        self._views.clear()
+        for end in (self._pool, self._lender, self._borrower):
+            if end is not None:
+                end.close()
+
+    def _map(self) -> torch.Tensor:
+        if self._borrower is not None:
+            return self._borrower.receive(self._touched)
+        assert self._buffer is not None
+        if self._lender is not None:
+            self._lender.send(self._buffer.fd)
+        return self._buffer.bytes
+
+
+class FileWriter:
+    """root: seen by all ranks. Each writes with calls, not through a mapping, which some network file systems lack."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        ranks: Ranks,
+        root: Path,
+        store: WeightStore | None,
+        companions: Sequence[Path],
+        on_published: OnPublished,
+    ) -> None:
+        self._layout = plan.layout
+        self._pieces = plan.pieces(ranks.rank)
+        self._ranks = ranks
+        self._root = root
+        self._store = store
+        self._companions = companions
+        self._on_published = on_published
+        self._staging = Path()
+        if store is not None:
+            store.prepare()
+
+    def open(self, version: int) -> None:
+        self._staging = self._root / f".new-v{version:08d}"
+        error = None
+        if self._store is not None:
+            try:
+                self._make_staging()
+            except OSError as failure:
+                error = failure
+        self._ranks.agree(error, f"version {version}")
+
+    def write(self, tensors: Locals) -> None:
+        fd = os.open(self._staging / WEIGHTS_FILE, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            for piece in self._pieces:
+                for begin, chunk in _cast_chunks(tensors[piece.name], piece):
+                    os.pwrite(fd, chunk, begin)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def commit(self, version: int, pin: str) -> Path | None:
+        assert self._store is not None, "only the rank that publishes commits"
+        path = self._store.path(version)
+        if path.exists():
+            self.abandon()
+            raise ValueError(f"version: {version} is published at {path}; a published version is never written again")
+        (self._staging / WEIGHTS_FILE).chmod(0o444)
+        if pin:
+            self._store.pin_from(self._staging, version, pin)
+        self._staging.rename(path)
+        for old in self._store.versions()[: -self._store.buffers]:
+            self._store.remove(self._store.path(old))
+        self._on_published(version, path)
+        return path
+
+    def abandon(self) -> None:
+        if self._store is not None:
+            shutil.rmtree(self._staging, ignore_errors=True)
+
+    def discard_newer_than(self, version: int) -> None:
+        if self._store is not None:
+            self._store.discard_newer_than(version)
+
+    def close(self) -> None:
+        self.abandon()
+
+    def _make_staging(self) -> None:
+        self._staging.mkdir(parents=True)
+        try:
+            for source in self._companions:
+                link(source, self._staging / source.name)
+            os.close(create_file(self._staging / WEIGHTS_FILE, self._layout))
+        except OSError:
+            self.abandon()
+            raise
+
+
+def _view(file: torch.Tensor, piece: Piece) -> torch.Tensor:
+    return file[piece.begin : piece.end].view(piece.kind.dtype).view(piece.kind.shape)
+
+
+def _cast_chunks(tensor: torch.Tensor, piece: Piece) -> Iterator[tuple[int, memoryview]]:
+    """(offset in the file, bytes): cast a chunk at a time, in a buffer that stays in the cache."""
+    flat, dtype = tensor.reshape(-1), piece.kind.dtype
+    each = _CHUNK_BYTES // dtype.itemsize
+    staging = torch.empty(min(each, len(flat)), dtype=dtype)
+    for begin in range(0, len(flat), each):
+        part = flat[begin : begin + each]
+        cast = staging[: len(part)]
+        cast.copy_(part)
+        yield piece.begin + begin * dtype.itemsize, cast.view(torch.uint8).numpy().data

@@ -1,0 +1,129 @@
+"""Several hosts, each a network namespace with an address of its own, torchrun between them: slow links, cut ones, four
+hosts, and a host that is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from subprocess import Popen
+
+import pytest
+
+from flowrl.report.staleness_check import check_run
+from tests.integration.hosts import Host, hosts
+from tests.integration.runs import alive, finish, sessions, trained_updates, wait_until
+
+pytestmark = pytest.mark.timeout(400)
+PORT = 29517
+START_S = 150
+END_S = 60
+"""From a loss to the end of the run elsewhere: a node is lost after 10 s of silence, then workers get their grace."""
+
+
+def write_task(folder: Path, sockets: Path, steps: int) -> None:
+    folder.mkdir()
+    rows = [{"prompt": f"{a}+{a}=", "data_source": "s", "reward_model": {"ground_truth": str(a)}} for a in range(10)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "my.py").write_text(
+        "def score(data_source, solution_str, ground_truth, extra_info=None):\n    return 1.0\n"
+    )
+    (folder / "mine.yaml").write_text(
+        textwrap.dedent(f"""
+            run: {{name: sums, session_dir: {sockets}}}
+            model: {{path: model, init: {{layers: 1, hidden_size: 32, intermediate_size: 64}}}}
+            data: {{path: sums.jsonl}}
+            reward: {{path: "my.py:score"}}
+            rollout: {{max_tokens: 3, group_size: 4}}
+            train: {{batch_groups: 8, steps: {steps}, learning_rate: 1e-3}}
+            network: {{interface: eth0, trusted: true}}
+        """)
+    )
+
+
+def torchrun(node: int, num_nodes: int, leader: Host, *overrides: str) -> list[str]:
+    """As in docs/multi-node.md. Disks are not shared: each host has its own copy of the task, at the same path as seen
+    from where the command starts, and keeps its own part of the record."""
+    return [
+        sys.executable, "-m", "torch.distributed.run", f"--nnodes={num_nodes}", "--nproc-per-node=1",
+        f"--node-rank={node}", f"--master-addr={leader.address}", f"--master-port={PORT}",
+        "-m", "flowrl", "run", "mine.yaml", *overrides,
+    ]  # fmt: skip
+
+
+@contextlib.contextmanager
+def running(folder: Path, machines: list[Host], steps: int, *overrides: str) -> Iterator[list[Popen[str]]]:
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for node, host in enumerate(machines):
+            home = folder / f"host{node}"
+            write_task(home, sessions(folder), steps)
+            arguments = torchrun(node, len(machines), machines[0], *overrides)
+            processes.append(stack.enter_context(host.started(arguments, home)))
+        yield processes
+
+
+def ends(processes: list[Popen[str]]) -> list[tuple[int, str]]:
+    outputs = [finish(process, END_S + START_S) for process in processes]
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def record(folder: Path, node: int) -> Path:
+    return folder / f"host{node}" / "runs" / "sums"
+
+
+def test_two_hosts_train_together_over_a_slow_link(tmp_path: Path) -> None:
+    with hosts(2) as machines:
+        machines[1].slow_down(delay_ms=25, megabits=4)
+        with running(tmp_path, machines, 4) as processes:
+            for code, output in ends(processes):
+                assert code == 0, output
+    trained: Counter[int] = Counter()
+    for node in range(2):
+        findings = check_run(record(tmp_path, node))
+        trained[node] = findings.total("trained")
+        assert not findings.trained_twice
+    assert trained.total() == 4 * 32, "every row once, over both hosts"
+    assert min(trained.values()) > 0
+    assert json.loads((record(tmp_path, 0) / "summary.json").read_text())["max_staleness"] <= 2
+
+
+def test_stages_of_one_run_stand_on_four_hosts(tmp_path: Path) -> None:
+    """Training and rollout on two hosts, the other stages on the other two: every row crosses a wire."""
+    pools = "pools={train: {nodes: [0, 1]}, rollout: {nodes: [0, 1]}, cpu: {nodes: [2, 3]}}"
+    with hosts(4) as machines, running(tmp_path, machines, 3, pools) as processes:
+        for code, output in ends(processes):
+            assert code == 0, output
+    for node, stages in enumerate([{"train", "rollout"}] * 2 + [{"stages"}] * 2):
+        logs = {path.name.split(".")[0] for path in (record(tmp_path, node) / "logs").iterdir()}
+        assert logs == stages | {"queue"}
+    assert sum(check_run(record(tmp_path, node)).total("trained") for node in range(4)) == 3 * 32
+
+
+@pytest.mark.parametrize("loss", ["link", "host"])
+def test_a_cut_link_or_a_lost_host_ends_the_run_by_name_and_leaves_nothing(tmp_path: Path, loss: str) -> None:
+    with hosts(2) as machines, running(tmp_path, machines, 1_000_000) as processes:
+        wait_until(lambda: trained_updates(record(tmp_path, 0)) > 2, START_S, "a few updates")
+        survivors = machines[0].pids()
+        lost_at = time.monotonic()
+        if loss == "link":
+            machines[1].cut()
+        else:
+            machines[1].lose_power()
+        output = finish(processes[0], END_S)
+        assert time.monotonic() - lost_at < END_S
+        assert processes[0].returncode != 0
+        assert "node 1 (" in output and "is lost" in output, output
+        wait_until(lambda: not alive(survivors), 10, "the end of everything on host 0")
+        assert not list(sessions(tmp_path).glob("*n0")), "host 0's session directory"
+        if loss == "link":
+            other = finish(processes[1], END_S)
+            assert "node 0 (" in other and "is lost" in other, other
+        else:
+            assert processes[1].wait(END_S) == -signal.SIGKILL

@@ -1,0 +1,66 @@
+"""Real ranks for the trainer's tests: processes over gloo that meet at a file.
+
+They are forked from a server that has imported everything once, instead of each importing torch.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowrl.trainer.world import World, join
+
+ROOT = Path(__file__).parents[2]
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.trainer.ladder_process"])
+
+
+def run_ranks(case: Callable[..., None], world_size: int, out: Path, *arguments: Any, timeout_s: float = 110) -> None:
+    """Calls `case(rank, world_size, out, *arguments)` in so many processes; all must succeed."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    ranks = [
+        CONTEXT.Process(target=_run, args=(case, rank, world_size, out, *arguments), daemon=True)
+        for rank in range(world_size)
+    ]
+    deadline = time.monotonic() + timeout_s
+    try:
+        for process in ranks:
+            process.start()
+        for rank, process in enumerate(ranks):
+            process.join(max(0.0, deadline - time.monotonic()))
+            assert process.exitcode == 0, f"rank {rank}: {process.exitcode}\n{_log(out, rank)}"
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+
+
+def _run(case: Callable[..., None], rank: int, world_size: int, out: Path, *arguments: Any) -> None:
+    warnings.simplefilter("error")
+    try:
+        case(rank, world_size, out, *arguments)
+    except BaseException:
+        (out / f"rank-{rank}.log").write_text(traceback.format_exc())
+        raise
+
+
+def _log(out: Path, rank: int) -> str:
+    path = out / f"rank-{rank}.log"
+    return path.read_text() if path.exists() else "it left no word"
+
+
+@contextmanager
+def joined(rank: int, world_size: int, out: Path) -> Iterator[World]:
+    torch.set_num_threads(1)
+    with join(rank=rank, world_size=world_size, file=out / "world", interface="lo", timeout_s=60) as world:
+        yield world

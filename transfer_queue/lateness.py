@@ -1,0 +1,53 @@
+"""Drops what the late policy gives up, when it is this shard's turn.
+
+A claim that the rule refuses because of unready rows makes the clock name their deadline to every shard. Those that
+have such rows, and whose policy gives some up, ask for the turn; one gets it, drops, and the claim is tried again.
+"""
+
+from __future__ import annotations
+
+from transfer_queue.clock import NOT_BLOCKED
+from transfer_queue.core import Core
+from transfer_queue.policies import Blocker, choose_late, late_policy
+from transfer_queue.states import Group
+
+
+class Lateness:
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._policy = late_policy(core.config.late)
+        self._lane = next((lane for lane in core.ledger.lanes.values() if lane.spec.training), None)
+        self._seen: tuple[int, int] | None = None
+        self._is_asking = False
+
+    def follow(self) -> None:
+        """Asks for the turn if there is something to drop that was not there before."""
+        core = self._core
+        state = core.clock.snapshot()
+        if state.blocked == NOT_BLOCKED or self._is_asking or (state.changes, core.ledger.puts) == self._seen:
+            return
+        self._seen = (state.changes, core.ledger.puts)
+        if self._choose(state.blocked):
+            self._is_asking = True
+            core.clock.turn(self._take_turn)
+
+    def _take_turn(self, deadline: int) -> None:
+        """Chooses again: what was late when it asked may be ready by now."""
+        core = self._core
+        self._is_asking = False
+        if deadline != NOT_BLOCKED:
+            core.retired("dropped", core.ledger.drop_late(self._choose(deadline)), reason="late")
+            core.clock.end_turn()
+
+    def _choose(self, deadline: int) -> list[Group]:
+        if self._lane is None:
+            return []
+        at = self._lane.position
+        blockers = {
+            Blocker(
+                group=group.number, attempt=group.attempt, deadline=group.deadline, num_rows=group.size,
+                num_unready=group.num_waiting(at), age_s=self._core.now - group.born_s,
+            ): group
+            for group in self._core.ledger.blockers(self._lane, deadline)
+        }  # fmt: skip
+        return [blockers[blocker] for blocker in choose_late(self._policy, list(blockers))]

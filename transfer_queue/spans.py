@@ -1,0 +1,97 @@
+"""Rows of a group by their indices: as ranges where they travel, as bits of an integer where they are counted.
+
+A group's rows mostly do things together, so neither the wire nor the ledger goes through them one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from transfer_queue.rows import RowKey
+
+MAX_GROUP_ROWS = 1 << 20
+
+
+class Span(msgspec.Struct, frozen=True, array_like=True):
+    """Rows `first` to `end` (which is not one of them) of one attempt at a group."""
+
+    partition: str
+    group: int
+    attempt: int
+    first: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first < self.end <= MAX_GROUP_ROWS:
+            raise ValueError(f"rows {self.first} to {self.end} of a group; from 0 to at most {MAX_GROUP_ROWS}")
+
+    @property
+    def identity(self) -> tuple[str, int, int]:
+        return (self.partition, self.group, self.attempt)
+
+    def __len__(self) -> int:
+        return self.end - self.first
+
+    @property
+    def bits(self) -> int:
+        return bits_between(self.first, self.end)
+
+    @property
+    def keys(self) -> Iterator[RowKey]:
+        return (RowKey(self.partition, self.group, index, self.attempt) for index in range(self.first, self.end))
+
+
+def spans_of(keys: Sequence[RowKey]) -> list[Span]:
+    """In the order of the keys."""
+    spans: list[Span] = []
+    start: RowKey | None = None
+    end = 0
+    for key in keys:
+        if (
+            start is not None
+            and key.index == end
+            and key.group == start.group
+            and key.attempt == start.attempt
+            and key.partition == start.partition
+        ):
+            end += 1
+            continue
+        if start is not None:
+            spans.append(Span(start.partition, start.group, start.attempt, start.index, end))
+        start, end = key, key.index + 1
+    if start is not None:
+        spans.append(Span(start.partition, start.group, start.attempt, start.index, end))
+    return spans
+
+
+def keys_of(spans: Sequence[Span]) -> list[RowKey]:
+    return [key for span in spans for key in span.keys]
+
+
+def bits_between(first: int, end: int) -> int:
+    return ((1 << (end - first)) - 1) << first
+
+
+def ranges(bits: int) -> Iterator[tuple[int, int]]:
+    """(first, end) of each run of ones, lowest first."""
+    at = 0
+    while bits:
+        skip = (bits & -bits).bit_length() - 1
+        bits >>= skip
+        length = (~bits & (bits + 1)).bit_length() - 1
+        yield at + skip, at + skip + length
+        bits >>= length
+        at += skip + length
+
+
+def lowest(bits: int, count: int) -> int:
+    """The `count` lowest ones."""
+    kept = 0
+    for first, end in ranges(bits):
+        if count <= 0:
+            break
+        kept |= bits_between(first, min(end, first + count))
+        count -= end - first
+    return kept

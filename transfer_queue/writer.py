@@ -1,0 +1,111 @@
+"""Puts columns into segments: a producer on the shard's node does so by itself, the shard for everybody else.
+
+A writer fills one segment after the other, front to back. Small puts share segments of `SEGMENT_BYTES`; a large one has
+a segment of its own size. Segments whose contents are all finished come back from the shard (`Recycled`) and are
+filled again, so that their memory is made once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from transfer_queue import frames, wire
+from transfer_queue.errors import RowRefused, WireError
+from transfer_queue.rows import Array, Column
+from transfer_queue.segments import HEADER_BYTES, PrivateSpace, Segment, SharedSpace
+
+SEGMENT_BYTES = 4 << 20
+SHARED_PUT_BYTES = 1 << 20
+_ALIGNMENT = 64
+_ROUND_BYTES = 64 << 10
+_OVERSIZE = 1.2
+
+Space = SharedSpace | PrivateSpace
+
+
+class SegmentWriter:
+    """`number` is unique among the writers of a shard."""
+
+    def __init__(self, space: Space, number: int) -> None:
+        self._space = space
+        self._number = number
+        self._made = 0
+        self._open: Segment | None = None
+        self._end = 0
+        self._idle: list[Segment] = []
+        self._puts: dict[str, int] = {}
+
+    def write(self, columns: Mapping[str, Column]) -> tuple[Segment, list[wire.ColumnPlace]]:
+        """Copies the columns into a segment; where they are now. Raises QueueError where there is no room."""
+        flat = [(name, column.values, frames.offsets_to_send(column)) for name, column in columns.items()]
+        needed = sum(_aligned(values.nbytes) + _aligned(offsets.nbytes) for _, values, offsets in flat)
+        segment = self._segment_for(needed)
+        places = []
+        for name, values, offsets in flat:
+            values_at = self._append(segment, values, frames.travelling(name, values.dtype))
+            offsets_at = self._append(segment, offsets, frames.OFFSETS) if len(offsets) else 0
+            places.append(wire.ColumnPlace(name, values.dtype.name, len(values), values_at, offsets_at))
+        self._puts[segment.name] = self._puts.get(segment.name, 0) + 1
+        return segment, places
+
+    def recycle(self, segments: Sequence[wire.Recycled]) -> None:
+        """The shard needs nothing of these any more. One that has been written to since stays as it is."""
+        for recycled in segments:
+            is_open = self._open is not None and self._open.name == recycled.name
+            if recycled.is_removed:
+                self._puts.pop(recycled.name, None)
+                self._idle = [segment for segment in self._idle if segment.name != recycled.name]
+            elif self._puts.get(recycled.name) == recycled.puts:
+                if is_open:
+                    self._end = HEADER_BYTES
+                else:
+                    self._idle.append(self._space.open(recycled.name))
+
+    def _segment_for(self, needed: int) -> Segment:
+        if self._open is not None and self._end + needed <= self._open.capacity:
+            return self._open
+        is_small = needed <= SHARED_PUT_BYTES
+        capacity = SEGMENT_BYTES if is_small else -(-(needed + HEADER_BYTES) // _ROUND_BYTES) * _ROUND_BYTES
+        fitting = [segment for segment in self._idle if capacity <= segment.capacity <= _OVERSIZE * capacity]
+        if fitting:
+            self._open = min(fitting, key=lambda segment: segment.capacity)
+            self._idle.remove(self._open)
+        else:
+            self._open = self._space.create(f"{self._number}.{self._made}", capacity)
+            self._made += 1
+        self._end = HEADER_BYTES
+        return self._open
+
+    def _append(self, segment: Segment, array: Array, dtype: np.dtype) -> int:
+        at = self._end
+        end = at + array.nbytes
+        if array.nbytes:
+            segment.bytes[at:end].view(dtype)[:] = array
+        self._end = _aligned(end)
+        return at
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def view(segment: Segment, places: Sequence[wire.ColumnPlace], num_rows: int) -> dict[str, Column]:
+    """The columns where they lie, after every check. Raises WireError or RowRefused."""
+    headers, parts = [], []
+    for place in places:
+        if place.dtype not in frames.DTYPES:
+            raise RowRefused(f"columns: {place.name!r} is {place.dtype}; what travels is {', '.join(frames.DTYPES)}")
+        num_bytes = place.num_values * frames.DTYPES[place.dtype].itemsize
+        headers.append(wire.ColumnHeader(place.name, place.dtype, bool(place.offsets_at)))
+        parts.append(_slice(segment, place, place.values_at, num_bytes))
+        if place.offsets_at:
+            parts.append(_slice(segment, place, place.offsets_at, 8 * (num_rows + 1)))
+    return frames.unpack(headers, parts, num_rows)
+
+
+def _slice(segment: Segment, place: wire.ColumnPlace, at: int, num_bytes: int) -> memoryview:
+    if not (at >= HEADER_BYTES and num_bytes >= 0 and at + num_bytes <= segment.capacity) or at % _ALIGNMENT:
+        raise WireError(f"column {place.name!r}: {num_bytes} bytes at {at} are not in segment {segment.name!r}")
+    return segment.bytes[at : at + num_bytes].data
