@@ -37,7 +37,9 @@ class Admission:
         core = self._core
         partition = core.ledger.partition(request.partition)
         group_bytes = request.group_size * request.row_bytes
-        num_groups = core.ledger.groups_in_room(group_bytes, request.num_groups, core.storage.num_bytes)
+        num_groups = core.ledger.groups_in_room(
+            request.group_size, group_bytes, request.num_groups, core.storage.num_bytes
+        )
         if num_groups < 1:
             waiter.waits_for = "bytes"
         elif partition.training is None:

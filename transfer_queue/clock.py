@@ -9,7 +9,7 @@ rows the numbers stand for is `ledger.py`'s business.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -209,6 +209,10 @@ class Clock(Protocol):
 
     def unclaim(self, incarnation: int, entries: Entries) -> None: ...
 
+    def recover(self, version: int, filled: int, incarnation: int, outstanding: Mapping[int, int]) -> None:
+        """The shard has come back from its journal: what the accounts were, and its rows by deadline."""
+        ...
+
     def receive(self) -> None: ...
 
     def close(self) -> None: ...
@@ -217,7 +221,7 @@ class Clock(Protocol):
 class LocalClock:
     """Accounts in the same process and thread."""
 
-    socket = None
+    socket: zmq.Socket | None = None
 
     def __init__(self, accounts: Accounts) -> None:
         self.accounts = accounts
@@ -254,6 +258,10 @@ class LocalClock:
 
     def unclaim(self, incarnation: int, entries: Entries) -> None:
         self._serve(Unclaim(0, incarnation, list(entries)))
+
+    def recover(self, version: int, filled: int, incarnation: int, outstanding: Mapping[int, int]) -> None:
+        """They died with the shard."""
+        self.accounts.recover(version, filled, incarnation, outstanding)
 
     def receive(self) -> None:
         """Tells the shard of what others changed in the accounts since."""
@@ -322,6 +330,9 @@ class DistantClock:
 
     def unclaim(self, incarnation: int, entries: Entries) -> None:
         self._send(Unclaim(0, incarnation, list(entries)))
+
+    def recover(self, version: int, filled: int, incarnation: int, outstanding: Mapping[int, int]) -> None:
+        """Nothing to do: they live elsewhere, and have counted these rows all the time."""
 
     def hear(self, message: ClockReply | ClockState) -> None:
         self._advance(message)

@@ -57,7 +57,9 @@ class QueueConfig:
     `max_attempts` bounds how often a group is tried. lease_s: after that a taken row is given to somebody else.
     life: how often this queue has been started before; cursors: by partition, what it left open then.
     segment_dir: where rows lie, on tmpfs unless you say otherwise ("": a directory of yours in /dev/shm); it must have
-    room for byte_limit. What a dead shard has left there goes when the next one starts."""
+    room for byte_limit. What a dead shard has left there goes when the next one starts. durable_dir: where rows lie
+    instead, with a journal, so that a shard that is killed and started again goes on where it was; one directory a
+    shard."""
 
     endpoint: str
     consumers: Mapping[str, ConsumerSpec]
@@ -72,6 +74,7 @@ class QueueConfig:
     cursors: Mapping[str, Cursor] = field(default_factory=dict)
     secret: str = ""
     segment_dir: str = ""
+    durable_dir: str = ""
 
     def __post_init__(self) -> None:
         if self.first_group < 0:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transfer_queue import wire
 from transfer_queue.clock import Clock
 from transfer_queue.config import QueueConfig
 from transfer_queue.cursor import ATTEMPTS_A_LIFE
+from transfer_queue.durability import Durability
 from transfer_queue.ledger import Ledger, Retired
 from transfer_queue.rows import Column, RowKey
 from transfer_queue.staleness import tally
@@ -32,7 +35,7 @@ class Core:
     def __init__(self, config: QueueConfig, clock: Clock, send: Send, events: Events | None, space: Space) -> None:
         self.config = config
         self.clock = clock
-        self.send = send
+        self._send = send
         self.ledger = Ledger(
             config.consumers,
             first_group=config.first_group,
@@ -51,8 +54,18 @@ class Core:
         self.room = 0
         self.now = 0.0
         self.incarnation = 0
+        self.durability: Durability | None = None
+        if config.durable_dir:
+            self.durability = Durability(Path(config.durable_dir), self.ledger, self.updates, self.storage, clock)
+            self.durability.recover(time.monotonic())
         self._events = events
         clock.on_change = self.note_change
+
+    def send(self, peer: bytes, reply: wire.Message, columns: Columns) -> bool:
+        """What has been promised is written down before it is said. False if the peer is gone."""
+        if self.durability is not None:
+            self.durability.flush()
+        return self._send(peer, reply, columns)
 
     def note_change(self) -> None:
         self.changes += 1
@@ -99,6 +112,8 @@ class Core:
     def free(self) -> None:
         """Lets go of the bytes of rows that are done."""
         if self.ledger.freed:
+            if self.durability is not None:
+                self.durability.flush()
             self.storage.free([(group.identity, bits) for group, bits in self.ledger.freed])
             self.ledger.freed.clear()
             self.room += 1

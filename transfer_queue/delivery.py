@@ -47,7 +47,7 @@ class Delivery:
         if request.incarnation > state.incarnation or state.version < update:
             waiter.waits_for = f"update {update} of incarnation {request.incarnation}"
             return
-        groups = core.updates.take_undelivered(request.incarnation, update, self._basket(request))
+        groups = core.updates.take_undelivered(request.incarnation, update, self._basket(request), waiter.address)
         if groups or state.version > update:
             self._deliver_training(waiter, request, update, groups)
             return
@@ -65,7 +65,7 @@ class Delivery:
 
         def claimed(granted: int) -> None:
             waiter.asking = False
-            core.updates.grant(groups[:granted], request.incarnation, update)
+            core.updates.grant(groups[:granted], request.incarnation, update, waiter.address)
             for group in groups[:granted]:
                 core.log("taken", group, update=update)
             for retired, reason in core.updates.refuse(lane, groups[granted:]):
@@ -85,7 +85,7 @@ class Delivery:
         """Whoever asked may be gone; its rows stay in the update and are given to the next one who asks for it."""
         core = self._core
         is_full = core.clock.snapshot().version > update
-        closed = is_full and not core.updates.has_undelivered(request.incarnation, update)
+        closed = is_full and not core.updates.has_undelivered(request.incarnation, update, waiter.address)
         picks = [(group, group.all) for group in groups]
         if not self._deliver(waiter, request, picks, closed) and groups:
             core.updates.keep_undelivered(groups)

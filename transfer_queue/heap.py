@@ -3,15 +3,15 @@
     in use -> idle (no parcel in it) -> told to its writer -> in use
                                         or removed, beyond IDLE_BYTES a writer
 
-An idle segment's generation is raised at once, so a reader that is still copying out of it will notice. The segment
-that a writer filled last is never removed while the writer lives: more may be on its way into it.
+An idle segment's generation is raised at once, so a reader that is still copying out of it will notice. The segment of
+small puts that a writer filled last is never removed while the writer lives: more may be on its way into it.
 """
 
 from __future__ import annotations
 
 from transfer_queue import wire
 from transfer_queue.segments import Segment
-from transfer_queue.writer import Space
+from transfer_queue.writer import SEGMENT_BYTES, Space
 
 IDLE_BYTES = 32 << 20
 
@@ -29,11 +29,14 @@ class Held:
 
 
 class _Writer:
-    """latest: the segment it filled last. untold: idle segments, and names of removed ones, that it does not know of.
-    offered: bytes of idle segments that it may have been told of and has not used."""
+    """latest: the segment of small puts that it filled last. is_survivor: of an earlier life of the shard, which does
+    not know any more what that is, and lets it keep them all. untold: idle segments, and names of removed ones, that it
+    does not know of. offered: bytes of idle segments that it may have been told of and has not used."""
 
     def __init__(self) -> None:
         self.latest = ""
+        self.has_written = False
+        self.is_survivor = False
         self.untold: dict[str, Held] = {}
         self.removed: list[wire.Recycled] = []
         self.offered: dict[str, int] = {}
@@ -58,7 +61,7 @@ class Heap:
     def add_writer(self) -> int:
         """A number for one who writes here. What dead writers have left idle goes."""
         for number, writer in list(self._writers.items()):
-            if number and writer.latest and not self.space.is_writer_alive(number):
+            if number and writer.has_written and not self.space.is_writer_alive(number):
                 del self._writers[number]
                 for name in (*writer.untold, *writer.offered):
                     self._remove(self._held[name])
@@ -78,7 +81,8 @@ class Heap:
         held.is_idle = False
         writer = self._writers.get(segment.writer)
         if writer is not None:
-            writer.latest = segment.name
+            writer.has_written = True
+            writer.latest = segment.name if segment.capacity == SEGMENT_BYTES else writer.latest
             writer.untold.pop(segment.name, None)
             writer.offered.pop(segment.name, None)
         return held
@@ -89,6 +93,23 @@ class Heap:
         held = self.keep(known.segment if known is not None else self.space.open(name))
         held.puts += 1
         return held
+
+    def reopen(self, name: str) -> Held:
+        """A segment of an earlier life. Its writer may live, and go on with it. Raises WireError if it is not there."""
+        return self._held.get(name) or self.keep(self.space.open(name))
+
+    def sweep(self) -> None:
+        """After an earlier life: removes segments in which nothing lies, unless their writer lives, who may be about to
+        say that there is something. A number that was given out is not given again."""
+        for name in self.space.names():
+            number = int(name.partition(".")[0])
+            self._num_writers = max(self._num_writers, number + 1)
+            held = self._held.get(name)
+            if self.space.is_writer_alive(number):
+                self._writers[number] = _Writer()
+                self._writers[number].has_written = self._writers[number].is_survivor = True
+            elif held is None or not held.num_parcels:
+                self.space.remove(name)
 
     def settle(self, held: Held) -> None:
         """Idle, if no parcel is in it."""
@@ -102,7 +123,7 @@ class Heap:
             return
         writer.untold[held.segment.name] = held
         idle = sum(writer.offered.values()) + sum(other.segment.capacity for other in writer.untold.values())
-        if idle > IDLE_BYTES and held.segment.name != writer.latest:
+        if idle > IDLE_BYTES and held.segment.name != writer.latest and not writer.is_survivor:
             del writer.untold[held.segment.name]
             writer.removed.append(wire.Recycled(held.segment.name, held.puts, True))
             self._remove(held)

@@ -18,15 +18,11 @@ from transfer_queue.config import MAX_COLUMNS, ConsumerSpec
 from transfer_queue.cursor import Cursor
 from transfer_queue.errors import RowRefused
 from transfer_queue.lanes import Lane
-from transfer_queue.partitions import Partition
+from transfer_queue.partitions import Partition, ledger_bytes
 from transfer_queue.rows import RowKey
 from transfer_queue.sampling import Basket
 from transfer_queue.spans import Span, ranges
 from transfer_queue.states import PENDING, Group, Lease, Pick, State
-
-
-LEDGER_BYTES = 1 << 10
-"""About what a group takes in the ledger."""
 
 
 class Retired(NamedTuple):
@@ -67,6 +63,8 @@ class Ledger:
         self.promised_bytes = 0
         self.puts = 0
         self.freed: list[Pick] = []
+        self.touched: dict[tuple[str, int, int], Group] | None = None
+        """Groups that have changed, if somebody wants to know."""
         self.ended: Counter[str] = Counter()
         self._columns: set[str] = set()
         self.partitions: dict[str, Partition] = {}
@@ -84,15 +82,17 @@ class Ledger:
 
     # Reserving: nothing -> RESERVED
 
-    def groups_in_room(self, group_bytes: int, num_groups: int, stored_bytes: int) -> int:
+    def groups_in_room(self, group_size: int, group_bytes: int, num_groups: int, stored_bytes: int) -> int:
         """How many of the groups fit under the byte limit, beside what is promised, or what is there if that is more.
         What the ledger itself keeps of groups is held under that limit too, apart, so that rows that promise no bytes
         cannot fill the memory."""
         if group_bytes > self.byte_limit:
             raise RowRefused(f"row_bytes: a group of {group_bytes} bytes; byte_limit is {self.byte_limit}")
+        if ledger_bytes(group_size) > self.byte_limit:
+            raise RowRefused(f"group_size: {group_size}; the ledger alone would need more than {self.byte_limit} bytes")
         free = self.byte_limit - max(self.promised_bytes, stored_bytes)
-        live = sum(len(partition.groups) for partition in self.partitions.values())
-        return max(0, min(num_groups, free // max(1, group_bytes), self.byte_limit // LEDGER_BYTES - live))
+        kept = self.byte_limit - sum(partition.ledger_bytes for partition in self.partitions.values())
+        return max(0, min(num_groups, free // max(1, group_bytes), kept // ledger_bytes(group_size)))
 
     def check_group_size(self, partition: Partition, group_size: int, batch_rows: int, group_bytes: int) -> None:
         """Where there is a clock, an update is a whole number of equal groups; else its last one would never fit."""
@@ -124,8 +124,9 @@ class Ledger:
                 partition.name, number, attempt, group_size, len(partition.lanes),
                 producer=producer, version=version, deadline=deadline, row_bytes=row_bytes, born_s=now,
             )  # fmt: skip
-            partition.groups[number] = group
+            partition.add(group)
             groups.append(group)
+            self.touch(group)
         self.promised_bytes += num_groups * group_size * row_bytes
         return groups
 
@@ -179,6 +180,7 @@ class Ledger:
         for _, _, group, fresh, _ in plan:
             if group is not None and fresh:
                 self._offer(group)
+                self.touch(group)
         return moves
 
     def _settle_deadline(self, group: Group, deadline_of: Callable[[int], int]) -> tuple[int, int, int] | None:
@@ -260,6 +262,7 @@ class Ledger:
 
     def finish(self, lane: Lane, group: Group, bits: int) -> None:
         lane.done += bits.bit_count()
+        self.touch(group)
         ended = group.finish(lane.position, bits)
         if ended:
             self._free(group, ended)
@@ -329,8 +332,9 @@ class Ledger:
     def retire(self, group: Group, end: State, reason: str) -> Retired:
         partition = self.partitions[group.partition]
         self.ended[reason] += group.size
+        self.touch(group)
         self._free(group, group.leave())
-        del partition.groups[group.number]
+        partition.remove(group)
         is_outstanding = partition.training is not None and group.claim is None
         return Retired(group, group.size if is_outstanding else 0)
 
@@ -361,6 +365,23 @@ class Ledger:
         """Each once."""
         return list({group.identity: group for group, _ in self.find(spans)}.values())
 
+    def touch(self, group: Group) -> None:
+        if self.touched is not None:
+            self.touched[group.identity] = group
+
+    def bring_back(self, group: Group, claim: tuple[int, int] | None, taker: str) -> None:
+        """A group of an earlier life, with what is READY of it, or LEASED to the update that held it."""
+        partition = self.partitions[group.partition]
+        partition.add(group)
+        self.promised_bytes += group.row_bytes * (group.all & ~group.gone).bit_count()
+        if claim is not None and partition.training is not None:
+            progress = group.progress[partition.training.position]
+            progress.lend(progress.ready, None)
+            group.claim, group.taker = claim, taker
+        for lane in partition.lanes:
+            if group.progress[lane.position].ready:
+                lane.push(group)
+
     def check_columns(self, names: Sequence[str]) -> None:
         """Raises RowRefused for one too many."""
         self._columns.update(names)
@@ -379,7 +400,7 @@ class Ledger:
                 "group_stride": partition.group_stride,
                 "group_size": partition.group_size,
                 "open": partition.open_groups(),
-                "outstanding": self._outstanding(partition),
+                "outstanding": self.outstanding(partition),
                 "oldest_s": max((now - group.born_s for group in partition.groups.values()), default=0.0),
             }
             for partition in self.partitions.values()
@@ -393,7 +414,7 @@ class Ledger:
         }
 
     @staticmethod
-    def _outstanding(partition: Partition) -> dict[int, int]:
+    def outstanding(partition: Partition) -> dict[int, int]:
         """Rows by deadline that the staleness accounts count for this shard: reserved or ready, in no update."""
         rows: Counter[int] = Counter()
         for group in partition.groups.values() if partition.training is not None else ():

@@ -10,6 +10,8 @@ from transfer_queue.lanes import Lane
 from transfer_queue.spans import Span
 from transfer_queue.states import Group
 
+GROUP_BYTES, ROW_BYTES = 1 << 10, 1 << 4
+
 
 class Partition:
     """groups: those with rows that somebody still needs. again: (group, attempt) by size, to be reserved before new
@@ -27,6 +29,7 @@ class Partition:
         self.group_size = 0
         self.next_group = next_group
         self.groups: dict[int, Group] = {}
+        self.ledger_bytes = 0
         size = cursor.group_size if cursor is not None else 0
         self.again: defaultdict[int, deque[tuple[int, int]]] = defaultdict(deque)
         self.again[size].extend((group, first_attempt) for group in left)
@@ -35,8 +38,9 @@ class Partition:
 
     def next_number(self, group_size: int) -> tuple[int, int]:
         """(group, attempt): the first of this size that is to be reserved anew, or else the next number."""
-        if self.again[group_size]:
-            return self.again[group_size].popleft()
+        lost = self.again.get(group_size)
+        if lost:
+            return lost.popleft()
         number = self.next_group
         self.next_group += self._group_stride
         return number, self.first_attempt
@@ -66,6 +70,19 @@ class Partition:
             raise RowRefused(f"keys: {span} was never reserved here")
         return None
 
+    def add(self, group: Group) -> None:
+        self.groups[group.number] = group
+        self.ledger_bytes += ledger_bytes(group.size)
+
+    def remove(self, group: Group) -> None:
+        del self.groups[group.number]
+        self.ledger_bytes -= ledger_bytes(group.size)
+
     def forget_if_finished(self, group: Group) -> None:
         if group.gone == group.all:
-            del self.groups[group.number]
+            self.remove(group)
+
+
+def ledger_bytes(group_size: int) -> int:
+    """About what a group takes in the ledger."""
+    return GROUP_BYTES + ROW_BYTES * group_size

@@ -74,6 +74,9 @@ class PrivateSpace:
             raise WireError(f"segment {name!r}: is not there; this shard keeps its rows in private memory")
         return self._segments[name]
 
+    def names(self) -> list[str]:
+        return list(self._segments)
+
     def remove(self, name: str) -> None:
         """Its memory goes with its last array."""
         del self._segments[name]
@@ -93,6 +96,7 @@ class SharedSpace:
         self.token = token
         self._directory = path
         self._locks: list[int] = []
+        self._is_kept = False
 
     @classmethod
     def make(cls, path: Path) -> SharedSpace:
@@ -103,6 +107,22 @@ class SharedSpace:
         _hold(hidden / _LOCK, space._locks)
         (hidden / _TOKEN).write_text(space.token)
         hidden.rename(path)
+        return space
+
+    @classmethod
+    def keep(cls, path: Path) -> SharedSpace:
+        """A directory that outlives this process: the one that an earlier shard has left, or a new one. Raises
+        ValueError if a living process has it."""
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        token_path = path / _TOKEN
+        if not token_path.exists():
+            token_path.write_text(secrets.token_hex(16))
+        space = cls(path, token_path.read_text())
+        try:
+            _hold(path / _LOCK, space._locks)
+        except BlockingIOError:
+            raise ValueError(f"durable_dir: {path}; another shard is using it") from None
+        space._is_kept = True
         return space
 
     @classmethod
@@ -152,6 +172,10 @@ class SharedSpace:
     def remove(self, name: str) -> None:
         (self._directory / name).unlink(missing_ok=True)
 
+    def names(self) -> list[str]:
+        """Of the segments that are there."""
+        return [name for name in os.listdir(self._directory) if _NAME.fullmatch(name)]
+
     def enter_writer(self, writer: int) -> None:
         """Holds a lock that ends with this process, however it ends."""
         _hold(self._directory / f"writer-{writer}", self._locks)
@@ -164,8 +188,9 @@ class SharedSpace:
         return _is_held(self._directory / f"writer-{writer}")
 
     def close(self) -> None:
-        """By its maker: everything is removed. Others only let go."""
-        shutil.rmtree(self._directory, ignore_errors=True)
+        """By its maker: everything is removed, unless it is to be kept."""
+        if not self._is_kept:
+            shutil.rmtree(self._directory, ignore_errors=True)
         self.let_go()
 
     def let_go(self) -> None:
@@ -190,7 +215,7 @@ def sweep(root: Path) -> list[Path]:
     return swept
 
 
-def check_room(root: Path, needed_bytes: int) -> None:
+def check_room(root: Path, needed_bytes: int, setting: str) -> None:
     """Raises ValueError where a shard could not keep what its limit allows."""
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     stat = os.statvfs(root)
@@ -198,7 +223,7 @@ def check_room(root: Path, needed_bytes: int) -> None:
     if free < needed_bytes:
         raise ValueError(
             f"byte_limit: {needed_bytes >> 20} MiB; {root} has {free >> 20} MiB free. Lower byte_limit, or set "
-            f"segment_dir to a directory with more room"
+            f"{setting} to a directory with more room"
         )
 
 

@@ -44,7 +44,11 @@ class QueueServer:
         self._space = _make_space(config)
         self._clock = clock
         self._max_bytes = config.max_message_bytes
-        self._socket = _bind(config, context or zmq.Context.instance())
+        try:
+            self._socket = _bind(config, context or zmq.Context.instance())
+        except ValueError:
+            self._space.close()
+            raise
         self._stop_fd = os.eventfd(0)
         self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.shard = Shard(config, clock, self._send, events, self._space)
@@ -127,10 +131,14 @@ class QueueServer:
 
 
 def _make_space(config: QueueConfig) -> SharedSpace:
-    """A directory of this shard's own. What dead shards have left beside it goes."""
+    """A directory of this shard's own. What dead shards have left beside it goes. A durable one is there again after a
+    death."""
+    if config.durable_dir:
+        check_room(Path(config.durable_dir), config.byte_limit, "durable_dir")
+        return SharedSpace.keep(Path(config.durable_dir))
     root = Path(config.segment_dir) if config.segment_dir else default_root()
     sweep(root)
-    check_room(root, config.byte_limit)
+    check_room(root, config.byte_limit, "segment_dir")
     return SharedSpace.make(root / f"{os.getpid()}-{secrets.token_hex(4)}")
 
 

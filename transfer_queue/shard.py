@@ -87,6 +87,8 @@ class Shard:
         """Tells all who wait that nothing will come."""
         for waiter in self._core.waiters:
             self._core.answer(waiter, refusal(waiter.request.id, QueueClosed("the shard is closing")))
+        if self._core.durability is not None:
+            self._core.durability.close()
         self._core.storage.heap.close()
 
     def _try(self, waiter: Waiter) -> None:

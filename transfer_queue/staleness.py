@@ -12,7 +12,7 @@ says which rows these are; one `Accounts` serves all shards.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class Accounts:
@@ -153,6 +153,13 @@ class Accounts:
         self.awaited_shards = num_shards
         self.is_turn_given = False
         self._change()
+
+    def recover(self, version: int, filled: int, incarnation: int, outstanding: Mapping[int, int]) -> None:
+        """After a death, from what was written down: (deadline: rows), added to those of other shards."""
+        self.version, self.filled, self.incarnation = version, filled, incarnation
+        for deadline, rows in outstanding.items():
+            self._add(deadline, rows)
+        self.changes += 1
 
     def unclaim(self, incarnation: int, entries: Iterable[tuple[int, int]]) -> None:
         """All (deadline, rows) of one shard that this incarnation has undone: they are outstanding again."""

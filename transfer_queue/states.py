@@ -105,11 +105,12 @@ class Group:
 
     have: for each column, the rows that have it. filled: rows with any. gone: rows that no consumer needs any more.
     versions: of each row's oldest token. progress: for each consumer, by its lane's position. claim: the (incarnation,
-    update) that holds it, or PENDING while the clock is asked. doom: (end, reason) that befell it meanwhile."""
+    update) that holds it, or PENDING while the clock is asked; taker: the client that asked. doom: (end, reason) that
+    befell it meanwhile."""
 
     __slots__ = (
         "all", "attempt", "born_s", "claim", "deadline", "doom", "filled", "gone", "have", "number", "partition",
-        "producer", "progress", "row_bytes", "size", "version", "versions",
+        "producer", "progress", "row_bytes", "size", "taker", "version", "versions",
     )  # fmt: skip
 
     def __init__(
@@ -132,6 +133,7 @@ class Group:
         self.versions = [version] * size
         self.progress = [Progress() for _ in range(num_lanes)]
         self.claim: tuple[int, int] | None = None
+        self.taker = ""
         self.doom: tuple[State, str] | None = None
 
     @property

@@ -7,6 +7,7 @@ ready or done is the ledger's business; what lies in a segment, `writer.py`'s.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -30,9 +31,12 @@ class Parcel:
     """columns, where they lie. starts: bytes before each row, and in all. pieces: which rows of which groups it
     holds."""
 
-    __slots__ = ("columns", "held", "live_bytes", "num_live", "pieces", "places", "starts")
+    __slots__ = ("columns", "held", "live_bytes", "num_live", "number", "pieces", "places", "starts")
 
-    def __init__(self, held: Held, places: Sequence[wire.ColumnPlace], columns: Mapping[str, Column]) -> None:
+    def __init__(
+        self, number: int, held: Held, places: Sequence[wire.ColumnPlace], columns: Mapping[str, Column]
+    ) -> None:
+        self.number = number
         self.held = held
         self.places = {place.name: place for place in places}
         self.columns = dict(columns)
@@ -94,6 +98,9 @@ class Storage:
         self.compacted_bytes = 0
         self.heap = Heap(space)
         self._writer = SegmentWriter(self.heap.space, SHARD_WRITER)
+        self.news: list[Parcel] | None = None
+        """Parcels that are new, if somebody wants to know."""
+        self._numbers = itertools.count()
         self._shelves: dict[GroupId, Shelf] = {}
         self._dtypes: dict[str, np.dtype] = {}
 
@@ -132,7 +139,7 @@ class Storage:
         if not rows:
             return
         if placed is not None:
-            parcel = Parcel(self.heap.held(placed.segment), placed.columns, columns)
+            parcel = Parcel(next(self._numbers), self.heap.held(placed.segment), placed.columns, columns)
         else:
             num_rows = sum(len(span) for span, _ in rows)
             if num_rows < len(next(iter(columns.values()))):
@@ -145,7 +152,7 @@ class Storage:
         segment, places = self._writer.write(columns)
         held = self.heap.keep(segment)
         held.puts += 1
-        return Parcel(held, places, view(segment, places, len(next(iter(columns.values())))))
+        return Parcel(next(self._numbers), held, places, view(segment, places, len(next(iter(columns.values())))))
 
     def _settle(self, parcel: Parcel, rows: Sequence[tuple[Span, int]]) -> None:
         for name, column in parcel.columns.items():
@@ -162,6 +169,47 @@ class Storage:
             parcel.live_bytes += parcel.bytes_between(position, position + len(span))
         parcel.held.num_parcels += 1
         self.num_bytes += parcel.num_bytes
+        if self.news is not None:
+            self.news.append(parcel)
+
+    # Coming back
+
+    def shelf(self, group: GroupId) -> Shelf | None:
+        return self._shelves.get(group)
+
+    def parcels(self) -> Iterator[Parcel]:
+        """One as often as it has pieces."""
+        return (piece.parcel for shelf in self._shelves.values() for piece in shelf.pieces)
+
+    def reopen(self, number: int, segment: str, num_rows: int, places: Sequence[wire.ColumnPlace]) -> Parcel:
+        """One of an earlier life, as yet without rows. Raises WireError if it is not all there."""
+        held = self.heap.reopen(segment)
+        return Parcel(number, held, places, view(held.segment, places, num_rows))
+
+    def put_back(self, group: GroupId, live: int, pieces: Sequence[tuple[Parcel, int, int, int]]) -> None:
+        """Rows that lie in parcels of an earlier life."""
+        if not live or not pieces:
+            return
+        shelf = self._shelves[group] = Shelf()
+        shelf.live = live
+        for parcel, first, end, position in pieces:
+            piece = Piece(parcel, first, end, position)
+            shelf.pieces.append(piece)
+            if not parcel.pieces:
+                parcel.held.num_parcels += 1
+                self.num_bytes += parcel.num_bytes
+            parcel.pieces.append((group, piece))
+            for start, stop in ranges(live & _bits(piece)):
+                at = position + start - first
+                parcel.num_live += stop - start
+                parcel.live_bytes += parcel.bytes_between(at, at + stop - start)
+            for name, column in parcel.columns.items():
+                self._dtypes.setdefault(name, column.values.dtype)
+
+    def end_recovery(self, next_parcel: int) -> None:
+        """What no row lies in goes."""
+        self._numbers = itertools.count(next_parcel)
+        self.heap.sweep()
 
     # Reading
 

@@ -33,11 +33,13 @@ class Updates:
             groups.append(group)
         return groups
 
-    def grant(self, groups: Sequence[Group], incarnation: int, update: int) -> None:
+    def grant(self, groups: Sequence[Group], incarnation: int, update: int, taker: str) -> None:
         """The clock has counted these into the update. What befell them while it was asked came too late."""
         for group in groups:
             group.claim = (incarnation, update)
+            group.taker = taker
             group.doom = None
+            self._ledger.touch(group)
 
     def refuse(self, lane: Lane, groups: Sequence[Group]) -> list[tuple[Retired, str]]:
         """The clock has not; they are ready again, or meet the end that befell them meanwhile, for the reason given."""
@@ -54,19 +56,23 @@ class Updates:
                     self._ledger.partitions[group.partition].reserve_anew(group)
         return retired
 
-    def keep_undelivered(self, groups: Sequence[Group]) -> None:
-        """They are in an update, and whoever asked for them is gone: the next one who asks gets them."""
+    def keep_undelivered(self, groups: Sequence[Group], for_their_taker: bool = False) -> None:
+        """They are in an update, and did not reach who asked for them: the next one who asks gets them.
+        for_their_taker: they may have reached it, so nobody else gets them."""
         for group in groups:
             assert group.claim is not None, "only what is in an update is kept for it"
+            group.taker = group.taker if for_their_taker else ""
             self._undelivered.setdefault(group.claim, []).append(group)
 
-    def has_undelivered(self, incarnation: int, update: int) -> bool:
-        return (incarnation, update) in self._undelivered
+    def has_undelivered(self, incarnation: int, update: int, taker: str) -> bool:
+        """For this one."""
+        return any(group.taker in ("", taker) for group in self._undelivered.get((incarnation, update), ()))
 
-    def take_undelivered(self, incarnation: int, update: int, basket: Basket[Group]) -> list[Group]:
+    def take_undelivered(self, incarnation: int, update: int, basket: Basket[Group], taker: str) -> list[Group]:
         waiting = self._undelivered.pop((incarnation, update), [])
-        taken = [group for group in waiting if basket.fill(group, group.all, True)]
-        self.keep_undelivered([group for group in waiting if group not in taken])
+        mine = [group for group in waiting if group.taker in ("", taker)]
+        taken = [group for group in mine if basket.fill(group, group.all, True)]
+        self.keep_undelivered([group for group in waiting if group not in taken], for_their_taker=True)
         return taken
 
     def commit(self, spans: Sequence[Span], incarnation: int, update: int) -> int:
@@ -118,6 +124,7 @@ class Updates:
             self._ledger.finish(lane, group, progress.leased)
             return False
         group.claim = None
+        self._ledger.touch(group)
         progress.lose_lease(progress.leased)
         lane.push(group)
         return True

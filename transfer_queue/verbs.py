@@ -94,6 +94,7 @@ class Verbs:
         self._stride = 0
         self._owners: dict[int, int] = {}
         self._near: dict[int, Near] = {}
+        self._held: tuple[tuple[int, int], set[RowKey]] = ((-1, -1), set())
         self._max_put_bytes: dict[int, int] = {}
         self._abandoned: dict[int, Send] = {}
 
@@ -187,7 +188,17 @@ class Verbs:
                     else:
                         whole.append(read)
             if whole:
-                return _merge(whole)
+                taken = _merge(whole)
+                return taken if update is None else self._without_held(taken, (incarnation, update))
+
+    def _without_held(self, taken: Taken, update: tuple[int, int]) -> Taken:
+        """A shard that has come back from its journal cannot know whether its last answer arrived, and repeats it."""
+        if self._held[0] != update:
+            self._held = (update, set())
+        held = self._held[1]
+        fresh = [position for position, key in enumerate(taken.rows.keys) if key not in held]
+        held.update(taken.rows.keys)
+        return taken if len(fresh) == len(taken.rows) else Taken(taken.rows.select(fresh), taken.closed)
 
     def _read(self, endpoint: int, answer: Answer) -> Answer | None:
         """With its columns, copied out of shared memory; None if they were moved before they could be."""

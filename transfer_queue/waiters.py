@@ -26,6 +26,11 @@ class Waiter:
         self.seen: tuple[int, int] | None = None
         self.waits_for = ""
 
+    @property
+    def address(self) -> str:
+        """Of the client, the same as long as it lives."""
+        return self.peer.hex()
+
 
 def patience(request: Reserve | Take) -> float:
     """Its wait_s, if that is a time one can wait."""

@@ -1,7 +1,7 @@
 """Puts columns into segments: a producer on the shard's node does so by itself, the shard for everybody else.
 
-A writer fills one segment after the other, front to back. Small puts share segments of `SEGMENT_BYTES`; a large one has
-a segment of its own size. Segments whose contents are all finished come back from the shard (`Recycled`) and are
+Small puts share segments of `SEGMENT_BYTES`, filled one after the other, front to back; a large put has a segment of
+its own size. Segments whose contents are all finished come back from the shard (`Recycled`) and are
 filled again, so that their memory is made once.
 """
 
@@ -25,6 +25,22 @@ _OVERSIZE = 1.2
 Space = SharedSpace | PrivateSpace
 
 
+class _Page:
+    """A segment that is being filled, up to `end`."""
+
+    def __init__(self, segment: Segment) -> None:
+        self.segment = segment
+        self.end = HEADER_BYTES
+
+    def append(self, array: Array, dtype: np.dtype) -> int:
+        """Where it begins."""
+        at = self.end
+        if array.nbytes:
+            self.segment.bytes[at : at + array.nbytes].view(dtype)[:] = array
+        self.end = _aligned(at + array.nbytes)
+        return at
+
+
 class SegmentWriter:
     """`number` is unique among the writers of a shard."""
 
@@ -32,59 +48,51 @@ class SegmentWriter:
         self._space = space
         self._number = number
         self._made = 0
-        self._open: Segment | None = None
-        self._end = 0
+        self._open: _Page | None = None
         self._idle: list[Segment] = []
         self._puts: dict[str, int] = {}
 
     def write(self, columns: Mapping[str, Column]) -> tuple[Segment, list[wire.ColumnPlace]]:
         """Copies the columns into a segment; where they are now. Raises QueueError where there is no room."""
         flat = [(name, column.values, frames.offsets_to_send(column)) for name, column in columns.items()]
-        needed = sum(_aligned(values.nbytes) + _aligned(offsets.nbytes) for _, values, offsets in flat)
-        segment = self._segment_for(needed)
+        dtypes = [frames.travelling(name, values.dtype) for name, values, _ in flat]
+        page = self._page_for(sum(_aligned(values.nbytes) + _aligned(offsets.nbytes) for _, values, offsets in flat))
         places = []
-        for name, values, offsets in flat:
-            values_at = self._append(segment, values, frames.travelling(name, values.dtype))
-            offsets_at = self._append(segment, offsets, frames.OFFSETS) if len(offsets) else 0
+        for (name, values, offsets), dtype in zip(flat, dtypes, strict=True):
+            values_at = page.append(values, dtype)
+            offsets_at = page.append(offsets, frames.OFFSETS) if len(offsets) else 0
             places.append(wire.ColumnPlace(name, values.dtype.name, len(values), values_at, offsets_at))
-        self._puts[segment.name] = self._puts.get(segment.name, 0) + 1
-        return segment, places
+        name = page.segment.name
+        self._puts[name] = self._puts.get(name, 0) + 1
+        return page.segment, places
 
     def recycle(self, segments: Sequence[wire.Recycled]) -> None:
         """The shard needs nothing of these any more. One that has been written to since stays as it is."""
         for recycled in segments:
-            is_open = self._open is not None and self._open.name == recycled.name
             if recycled.is_removed:
-                self._puts.pop(recycled.name, None)
-                self._idle = [segment for segment in self._idle if segment.name != recycled.name]
+                del self._puts[recycled.name]
             elif self._puts.get(recycled.name) == recycled.puts:
-                if is_open:
-                    self._end = HEADER_BYTES
+                if self._open is not None and self._open.segment.name == recycled.name:
+                    self._open.end = HEADER_BYTES
                 else:
                     self._idle.append(self._space.open(recycled.name))
 
-    def _segment_for(self, needed: int) -> Segment:
-        if self._open is not None and self._end + needed <= self._open.capacity:
-            return self._open
-        is_small = needed <= SHARED_PUT_BYTES
-        capacity = SEGMENT_BYTES if is_small else -(-(needed + HEADER_BYTES) // _ROUND_BYTES) * _ROUND_BYTES
-        fitting = [segment for segment in self._idle if capacity <= segment.capacity <= _OVERSIZE * capacity]
-        if fitting:
-            self._open = min(fitting, key=lambda segment: segment.capacity)
-            self._idle.remove(self._open)
-        else:
-            self._open = self._space.create(f"{self._number}.{self._made}", capacity)
-            self._made += 1
-        self._end = HEADER_BYTES
+    def _page_for(self, needed: int) -> _Page:
+        if needed > SHARED_PUT_BYTES:
+            return _Page(self._segment(-(-(needed + HEADER_BYTES) // _ROUND_BYTES) * _ROUND_BYTES))
+        if self._open is None or self._open.end + needed > self._open.segment.capacity:
+            self._open = _Page(self._segment(SEGMENT_BYTES))
         return self._open
 
-    def _append(self, segment: Segment, array: Array, dtype: np.dtype) -> int:
-        at = self._end
-        end = at + array.nbytes
-        if array.nbytes:
-            segment.bytes[at:end].view(dtype)[:] = array
-        self._end = _aligned(end)
-        return at
+    def _segment(self, capacity: int) -> Segment:
+        """An idle one of about this size, or a new one."""
+        fitting = [segment for segment in self._idle if capacity <= segment.capacity <= _OVERSIZE * capacity]
+        if fitting:
+            best = min(fitting, key=lambda segment: segment.capacity)
+            self._idle.remove(best)
+            return best
+        self._made += 1
+        return self._space.create(f"{self._number}.{self._made - 1}", capacity)
 
 
 def _aligned(num_bytes: int) -> int:

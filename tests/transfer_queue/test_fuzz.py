@@ -258,12 +258,26 @@ def test_rows_that_cannot_be_are_refused_by_name(server: tuple[str, psutil.Proce
         ):
             with pytest.raises(RowRefused, match=words):
                 client.put([key], column, versions=[0])
-        with pytest.raises(RowRefused, match="versions: .* reserved at 0"):
+        with pytest.raises(RowRefused, match=r"versions: .* reserved at 0"):
             client.put(group.keys[:1], column, versions=[-1])
         with pytest.raises(RowRefused, match="row_bytes: a group of"):
             client.reserve("p", 1, 2, row_bytes=BYTE_LIMIT)
         with pytest.raises(RowRefused, match="group_size: 3; must divide"):
             client.reserve("p", 1, 3)
+
+
+def test_rows_that_promise_no_bytes_do_not_fill_the_memory(server: tuple[str, psutil.Process]) -> None:
+    endpoint, process = server
+    with QueueClient(endpoint, timeout_s=60.0) as client:
+        at_first = process.memory_info().rss
+        for size in (1, 7, 1000):
+            while client.reserve("greedy", (1 << 20) // size, size, partition="plain", wait_s=0.0):
+                pass
+        assert process.memory_info().rss - at_first < 4 * BYTE_LIMIT
+        with pytest.raises(RowRefused, match="group_size: 1048576; the ledger alone"):
+            client.reserve("greedy", 1, 1 << 20, partition="plain", wait_s=0.0)
+        client.producer_lost("greedy")
+        assert len(client.reserve("p", 5, 2, partition="plain", wait_s=5.0)) == 5
 
 
 def test_every_dtype_that_travels_arrives_as_it_was(server: tuple[str, psutil.Process]) -> None:
