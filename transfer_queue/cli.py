@@ -6,10 +6,11 @@ import argparse
 import json
 import os
 import signal
+import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -96,14 +97,29 @@ def run_serve(given: argparse.Namespace) -> int:
     server = make_server(settings)
     with ExitStack() as stack:
         stack.callback(server.close)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            stack.callback(signal.signal, number, signal.signal(number, lambda *_: server.stop()))
+        stop = stack.enter_context(end_signals())
         print(f"serving {server.endpoint}", flush=True)
         if given.metrics_port is not None:
             port = stack.enter_context(metrics_page(given.metrics_port, server.endpoint, settings.get("secret", "")))
             print(f"metrics at http://127.0.0.1:{port}/metrics", flush=True)
-        server.serve()
+        server.serve(stop)
     return 0
+
+
+@contextmanager
+def end_signals() -> Iterator[socket.socket]:
+    """Becomes readable at SIGINT or SIGTERM. (A handler in Python would not run before a poll that has just begun.)"""
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    with receiver, sender:
+        before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+        wakeup = signal.set_wakeup_fd(sender.fileno())
+        try:
+            yield receiver
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 # inspect, health

@@ -136,6 +136,11 @@ class QueueClient:
         """What clients of this name have leased is ready again; how many rows."""
         return self._run(self._verbs.consumer_lost(client))
 
+    def save(self, directory: str) -> int:
+        """Every shard writes a file there, from which a queue of any number of shards can go on (`restore_dir`); how
+        many rows. Meant for a moment between two updates: what an update holds is saved as if it were not in it."""
+        return self._run(self._verbs.save(directory))
+
     def introspect(self) -> dict[str, Any]:
         """What each shard holds, by endpoint. Consumes nothing."""
         return self._run(self._verbs.introspect())
@@ -302,6 +307,9 @@ class AsyncQueueClient:
 
     async def consumer_lost(self, client: str) -> int:
         return await self._run(self._verbs.consumer_lost(client))
+
+    async def save(self, directory: str) -> int:
+        return await self._run(self._verbs.save(directory))
 
     async def introspect(self) -> dict[str, Any]:
         return await self._run(self._verbs.introspect())

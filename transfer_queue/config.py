@@ -59,7 +59,7 @@ class QueueConfig:
     segment_dir: where rows lie, on tmpfs unless you say otherwise ("": a directory of yours in /dev/shm); it must have
     room for byte_limit. What a dead shard has left there goes when the next one starts. durable_dir: where rows lie
     instead, with a journal, so that a shard that is killed and started again goes on where it was; one directory a
-    shard."""
+    shard. restore_dir: of a saved queue to go on from (`QueueClient.save`)."""
 
     endpoint: str
     consumers: Mapping[str, ConsumerSpec]
@@ -75,6 +75,7 @@ class QueueConfig:
     secret: str = ""
     segment_dir: str = ""
     durable_dir: str = ""
+    restore_dir: str = ""
 
     def __post_init__(self) -> None:
         if self.first_group < 0:

@@ -14,6 +14,7 @@ from transfer_queue.cursor import ATTEMPTS_A_LIFE
 from transfer_queue.durability import Durability
 from transfer_queue.ledger import Ledger, Retired
 from transfer_queue.rows import Column, RowKey
+from transfer_queue.saved import Restoration
 from transfer_queue.staleness import tally
 from transfer_queue.states import Group
 from transfer_queue.storage import Storage
@@ -58,6 +59,9 @@ class Core:
         if config.durable_dir:
             self.durability = Durability(Path(config.durable_dir), self.ledger, self.updates, self.storage, clock)
             self.durability.recover(time.monotonic())
+        self.restoration: Restoration | None = None
+        if config.restore_dir and not len(self.storage):
+            self.restoration = Restoration(Path(config.restore_dir), config.first_group, config.group_stride)
         self._events = events
         clock.on_change = self.note_change
 
@@ -97,6 +101,14 @@ class Core:
             self.log(kind, group, **fields)
         if retired:
             self.room += 1
+
+    def restore(self) -> None:
+        """Once, when the clock has been heard."""
+        if self.restoration is not None and self.clock.batch_rows is not None:
+            restoration, self.restoration = self.restoration, None
+            self.incarnation = self.clock.snapshot().incarnation
+            restoration.run(self.ledger, self.storage, self.clock, self.now)
+            self.note_change()
 
     def follow_incarnation(self) -> None:
         """If another trainer has begun: what its predecessors took and did not finish is ready again, or expires."""

@@ -7,6 +7,7 @@ acknowledgement, an announcement, a lost lease, a change of the clock. Nothing i
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from transfer_queue import wire
@@ -17,6 +18,7 @@ from transfer_queue.core import Columns, Core, Events, Send
 from transfer_queue.delivery import Delivery
 from transfer_queue.errors import QueueClosed, QueueError, RowRefused
 from transfer_queue.lateness import Lateness
+from transfer_queue.saved import save
 from transfer_queue.segments import PrivateSpace
 from transfer_queue.waiters import Waiter
 from transfer_queue.writer import Space
@@ -46,6 +48,7 @@ class Shard:
             wire.Drop: self._delivery.drop,
             wire.Decline: self._delivery.decline,
             wire.Cancel: self._cancel,
+            wire.Save: self._save,
             wire.Introspect: self._introspect,
         }
 
@@ -64,6 +67,7 @@ class Shard:
         """Ends leases and patience that are over, and tries everyone whose world has changed, until nothing moves."""
         core = self._core
         core.now = now
+        core.restore()
         core.follow_incarnation()
         core.ledger.lose_leases(now)
         is_moving = True
@@ -114,6 +118,14 @@ class Shard:
         config, heap = self._core.config, self._core.storage.heap
         where = (heap.space.path, heap.space.token, heap.add_writer()) if heap.space.path else ("", "", 0)
         return wire.Located(request.id, config.first_group, config.group_stride, config.max_message_bytes, *where)
+
+    def _save(self, peer: bytes, request: wire.Save, columns: Columns) -> wire.Message:
+        core, config = self._core, self._core.config
+        try:
+            rows = save(Path(request.directory), core.ledger, core.storage, config.first_group, config.group_stride)
+        except OSError as error:
+            raise RowRefused(f"directory: {request.directory!r}; {error.strerror}") from error
+        return wire.Done(request.id, rows)
 
     def _introspect(self, peer: bytes, request: wire.Introspect, columns: Columns) -> wire.Message:
         return wire.Report(request.id, self.describe())

@@ -23,7 +23,9 @@ class Accounts:
     refused: the (deadline, rows) entry that such a shard was refused, until something changes. Shards take turns at
     dropping, because one group is enough: is_turn_given from `give_turn` to `end_turn`."""
 
-    def __init__(self, batch_rows: int, max_staleness: int, version: int = 0, incarnation: int = 0) -> None:
+    def __init__(
+        self, batch_rows: int, max_staleness: int, version: int = 0, incarnation: int = 0, awaited_shards: int = 0
+    ) -> None:
         if batch_rows < 1:
             raise ValueError(f"batch_rows: {batch_rows}; must be at least 1")
         if max_staleness < 0:
@@ -34,7 +36,7 @@ class Accounts:
         self.filled = 0
         self.incarnation = incarnation
         self.outstanding: dict[int, int] = {}
-        self.awaited_shards = 0
+        self.awaited_shards = awaited_shards
         self.changes = 0
         self.refused: tuple[int, int] | None = None
         self.is_turn_given = False

@@ -159,6 +159,12 @@ class ConsumerLost(Message, frozen=True):
     client: str
 
 
+class Save(Message, frozen=True):
+    """Write what the shard holds to a file of its own in this directory."""
+
+    directory: str
+
+
 class Introspect(Message, frozen=True):
     pass
 
@@ -237,7 +243,7 @@ class Refused(Message, frozen=True):
 
 Request = (
     Locate | Announce | Reserve | Put | Take | Ack | Commit | CloseUpdate | Drop | ProducerLost | ConsumerLost
-    | Introspect | Decline | Cancel
+    | Save | Introspect | Decline | Cancel
 )  # fmt: skip
 Reply = Located | Done | Stored | Reserved | Delivered | Report | Refused
 

@@ -30,7 +30,7 @@ def reward_of(tokens: np.ndarray) -> float:
 
 
 def produce(endpoint: str, name: str, started: Connection) -> None:
-    """Reserves and puts, row by row, with the version that the queue is at."""
+    """Reserves and puts, row by row, with the version that the queue is at; says which groups have been put."""
     with QueueClient(endpoint, timeout_s=60.0, name=name) as client:
         started.send(name)
         while True:
@@ -41,6 +41,7 @@ def produce(endpoint: str, name: str, started: Connection) -> None:
                 for key in group.keys:
                     columns = {"tokens": Column.ragged([tokens_of(key)], "int32")}
                     client.put([key], columns, versions=[max(version, group.version)])
+                started.send((group.group, group.attempt))
 
 
 def consume(endpoint: str, name: str, started: Connection) -> None:

@@ -1,4 +1,4 @@
-"""Producers and consumers under SIGKILL at random moments, a trainer that counts what it gets.
+"""Producers, consumers and shards under SIGKILL at random moments, a trainer that counts what it gets.
 
 FLOWRL_KILL_ROUNDS=200 kills that many; FLOWRL_KILL_SEED draws other moments.
 """
@@ -47,8 +47,9 @@ class Peers:
         self._endpoint = endpoint
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["tests.transfer_queue.kill_peers"])
-        self._running: dict[str, tuple[str, Any]] = {}
+        self._running: dict[str, tuple[str, Any, Any]] = {}
         self._count = 0
+        self.committed: set[tuple[int, int]] = set()
 
     def start(self, role: str) -> None:
         """Returns when it works."""
@@ -61,21 +62,37 @@ class Peers:
         says.close()
         assert hears.poll(PATIENCE_S), f"{name} did not start"
         hears.recv()
-        hears.close()
-        self._running[role] = (name, process)
+        self._running[role] = (name, process, hears)
 
     def kill(self, role: str) -> str:
         """Its name."""
-        name, process = self._running.pop(role)
+        name, process, hears = self._running.pop(role)
         process.kill()
         process.join(PATIENCE_S)
+        self._listen(hears)
+        hears.close()
         assert process.exitcode == -9, f"{name} had ended by itself: {process.exitcode}"
         process.close()
         return name
 
+    def listen(self) -> None:
+        """What producers say, before their pipes are full."""
+        for _, _, hears in self._running.values():
+            self._listen(hears)
+
+    def _listen(self, hears: Any) -> None:
+        try:
+            while hears.poll():
+                self.committed.add(hears.recv())
+        except EOFError:
+            return
+
     def close(self) -> None:
         for role in list(self._running):
-            self._running.pop(role)[1].kill()
+            _, process, hears = self._running.pop(role)
+            process.kill()
+            process.join(PATIENCE_S)
+            hears.close()
 
 
 class Trainer:
@@ -83,21 +100,22 @@ class Trainer:
 
     def __init__(self, client: QueueClient) -> None:
         self.update = 0
-        self._client = client
+        self.client = client
         self.seen: set[tuple[int, int]] = set()
+        self.groups: set[tuple[int, int]] = set()
 
     def train(self) -> None:
         """One update, whole; fails if it does not fill."""
         keys: list[RowKey] = []
         while True:
-            taken = self._client.take("train", BATCH_ROWS, update=self.update, wait_s=PATIENCE_S)
+            taken = self.client.take("train", BATCH_ROWS, update=self.update, wait_s=PATIENCE_S)
             assert len(taken.rows) or taken.closed, f"update {self.update} has {len(keys)} rows and waits in vain"
             self.check(taken.rows)
             keys += taken.rows.keys
             if taken.closed:
                 break
         assert len(keys) == BATCH_ROWS
-        assert self._client.commit(0, self.update, keys) == BATCH_ROWS
+        assert self.client.commit(0, self.update, keys) == BATCH_ROWS
         self.update += 1
 
     def check(self, rows: Rows) -> None:
@@ -106,26 +124,53 @@ class Trainer:
         for at, key in enumerate(rows.keys):
             assert (key.group, key.index) not in self.seen, f"{key} was trained twice"
             self.seen.add((key.group, key.index))
+            self.groups.add((key.group, key.attempt))
             assert 0 <= self.update - rows.versions[at] <= MAX_STALENESS
             assert np.array_equal(rows["tokens"][at], tokens_of(key)), f"{key} is torn"
             assert rows["reward"][at][0] == reward_of(tokens_of(key))
 
 
+class ServedShard:
+    """`transfer-queue serve`, which may be killed and started again."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.endpoint = f"ipc://{folder}/shard"
+        self._config = folder / "queue.json"
+        rest = {
+            "endpoint": self.endpoint, "consumers": CONSUMERS, "byte_limit": 64 << 20, "lease_s": LEASE_S,
+            "batch_rows": BATCH_ROWS, "max_staleness": MAX_STALENESS,
+        }  # fmt: skip
+        self._config.write_text(json.dumps(rest | settings))
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "transfer_queue.cli", "serve", "--config", str(self._config)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline().startswith("serving ")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.wait()
+
+    def end(self) -> None:
+        self.process.terminate()
+        assert self.wait() == 0
+
+    def wait(self) -> int:
+        try:
+            return self.process.wait(PATIENCE_S)
+        finally:
+            assert self.process.stdout is not None
+            self.process.stdout.close()
+
+
 @pytest.fixture
 def endpoint(tmp_path: Path) -> Iterator[str]:
-    settings = {
-        "endpoint": f"ipc://{tmp_path}/shard", "consumers": CONSUMERS, "byte_limit": 64 << 20, "lease_s": LEASE_S,
-        "batch_rows": BATCH_ROWS, "max_staleness": MAX_STALENESS, "segment_dir": str(tmp_path / "segments"),
-    }  # fmt: skip
-    (tmp_path / "queue.json").write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "transfer_queue.cli", "serve", "--config", str(tmp_path / "queue.json")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline().startswith("serving ")
-        yield f"ipc://{tmp_path}/shard"
-        process.terminate()
-        assert process.wait(30) == 0
+    shard = ServedShard(tmp_path, segment_dir=str(tmp_path / "segments"))
+    yield shard.endpoint
+    shard.end()
     assert not list((tmp_path / "segments").iterdir()), "nothing is left in memory"
 
 
@@ -152,17 +197,56 @@ def test_whoever_is_killed_every_row_is_trained_once_and_whole(endpoint: str) ->
             peers.start(victim)
             for _ in range(dice.randrange(1, 3)):
                 trainer.train()
+            peers.listen()
         for role in ("consumer", "producer"):
             name = peers.kill(role)
             (client.producer_lost if role == "producer" else client.consumer_lost)(name)
         finish(client, trainer)
-        report = client.introspect()[endpoint]
+        check_end(client, trainer, peers)
     assert set(killed) == {"producer", "consumer"} or ROUNDS < 5
+    print(f"{ROUNDS} rounds, {dict(killed)} killed, {trainer.update} updates")
+
+
+@pytest.mark.timeout(120 + 10 * ROUNDS)
+def test_a_shard_on_disk_that_is_killed_loses_no_row_that_was_put(tmp_path: Path) -> None:
+    dice = random.Random(SEED + 1)
+    shard = ServedShard(tmp_path, durable_dir=str(tmp_path / "durable"))
+    with ExitStack() as stack:
+        peers = Peers(shard.endpoint)
+        stack.callback(peers.close)
+        client = QueueClient(shard.endpoint, timeout_s=PATIENCE_S)
+        trainer = Trainer(client)
+        for _ in range(max(1, ROUNDS // 2)):
+            for role in ("producer", "consumer"):
+                peers.start(role)
+            for _ in range(dice.randrange(3)):
+                trainer.train()
+            time.sleep(dice.random() * LONGEST_MOMENT_S)
+            shard.kill()
+            client.close()
+            names = {role: peers.kill(role) for role in ("producer", "consumer")}
+            shard.start()
+            client = trainer.client = QueueClient(shard.endpoint, timeout_s=PATIENCE_S)
+            client.producer_lost(names["producer"])
+            client.consumer_lost(names["consumer"])
+        finish(client, trainer)
+        check_end(client, trainer, peers)
+        client.close()
+        print(f"{max(1, ROUNDS // 2)} shards killed, {trainer.update} updates")
+    shard.end()
+
+
+def check_end(client: QueueClient, trainer: Trainer, peers: Peers) -> None:
+    """Everything that was put has been trained, everything else will come again, and nothing is left."""
+    (report,) = client.introspect().values()
+    partition = report["partitions"]["train"]
+    assert peers.committed <= trainer.groups, f"{peers.committed - trainer.groups} were put and are gone"
     assert set(report["ended"]) <= {"producer_lost", "undelivered"}, f"{report['ended']}: nothing else may end a row"
     assert (report["stored_rows"], report["stored_bytes"], report["promised_bytes"]) == (0, 0, 0)
-    assert report["partitions"]["train"]["outstanding"] == {}
-    assert report["consumers"]["train"]["done"] == len(trainer.seen)
-    print(f"{ROUNDS} rounds, {dict(killed)} killed, {trainer.update} updates, {report['ended']}")
+    assert partition["outstanding"] == {}
+    assert partition["next_group"] == len(trainer.groups) + partition["to_reserve_anew"], (
+        "every number is accounted for"
+    )
 
 
 def finish(client: QueueClient, trainer: Trainer) -> None:
