@@ -24,6 +24,8 @@ setup(
         "rich>=13.0",
         "matplotlib>=3.8",
         "aiohttp>=3.9",
+        "xxhash>=3.4",
+        "zstandard>=0.22",
     ],
     extras_require={
         "tasks": ["reasoning-gym>=0.1.20"],
@@ -31,6 +33,7 @@ setup(
         "sweep": ["optuna>=4.0"],
         "lora": ["peft>=0.18"],
         "sglang": ["sglang>=0.5.20"],
+        "cross_check": ["trl>=1.16"],
         "dev": [
             "pytest>=8.0",
             "pytest-timeout>=2.3",

@@ -48,6 +48,7 @@ async def long_tail(context: Any) -> Any:
 
 
 def main() -> None:
+    sys.path[0] = str(ROOT)  # some benchmarks in this folder have the names of packages
     given = parse()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

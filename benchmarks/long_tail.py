@@ -7,13 +7,12 @@ advance by a token a step, and a step takes longer the more there are (`step_s`)
 is kept is the production code: the router of `flowrl/rollout/scheduling/routing.py`, `first_to_end` of
 `flowrl/rollout/scheduling/groups.py`, run on an asyncio loop whose clock jumps to whatever comes next.
 
-A batch is 64 groups of 8 samples on 8 engines of 128 places. Lengths are log-normal (σ = 1.2, median 400, at most
+A batch is 64 groups of 8 samples on 8 engines of 16 places. Lengths are log-normal (σ = 1.2, median 400, at most
 16,384), half of the variance is the prompt's. Three prompts in ten are tied and must be replaced. A reward takes 2 s,
 16 at once. The bound is the work of the samples that were kept, spread evenly over engines that are always full.
 
     synchronous   a whole batch, then its rewards, then as many groups as were tied, until there are enough
     stream        rewards as responses end, tied groups replaced at once (rollout.filter_tied), staleness.max = 0
-    spread        as the line above, the samples of a group on all engines (rollout.spread_groups)
     redundancy    10 samples a group, the first 8 kept (rollout.redundancy = 2)
     ahead         groups of the next batches fill free places (staleness.max = 1, 2)
 """
@@ -22,6 +21,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import heapq
+import itertools
 import json
 import selectors
 import statistics
@@ -37,7 +38,7 @@ from flowrl.rollout.scheduling.groups import first_to_end
 from flowrl.rollout.scheduling.routing import Router
 
 NUM_ENGINES = 8
-PLACES = 128
+PLACES = 16
 GROUPS = 64
 GROUP_SIZE = 8
 SIGMA = 1.2
@@ -53,21 +54,17 @@ class Switches:
     """ahead: batches beyond the one that is collected that groups may belong to, -1 for whole rounds."""
 
     ahead: int = -1
-    is_spread: bool = False
     redundancy: int = 0
 
 
 CASES = {
     "synchronous": Switches(),
-    "synchronous, spread": Switches(is_spread=True),
     "synchronous, redundancy": Switches(redundancy=2),
     "stream": Switches(ahead=0),
-    "stream, spread": Switches(ahead=0, is_spread=True),
     "stream, redundancy": Switches(ahead=0, redundancy=2),
-    "stream, spread, redundancy": Switches(ahead=0, is_spread=True, redundancy=2),
     "stream, ahead 1": Switches(ahead=1),
     "stream, ahead 2": Switches(ahead=2),
-    "all, ahead 2": Switches(ahead=2, is_spread=True, redundancy=2),
+    "all, ahead 2": Switches(ahead=2, redundancy=2),
 }
 
 
@@ -126,48 +123,52 @@ class _Jumping(selectors.SelectSelector):
 
 
 class VirtualEngine:
-    """Everybody who runs has advanced equally since arriving, so one counter of steps serves all."""
+    """Everybody who runs advances equally, so one counter of steps serves all, and one timer: for whoever is next."""
 
     def __init__(self) -> None:
         self.steps = 0.0
-        self.num_running = 0
+        self._goals: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._num_running = 0
+        self._ids = itertools.count()
         self._since_s = 0.0
         self._places = asyncio.Semaphore(PLACES)
-        self._changed = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
 
     async def generate(self, length: int) -> None:
         async with self._places:
-            self._advance()
-            self.num_running += 1
-            self._tell()
+            self._advance(+1)
+            done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            heapq.heappush(self._goals, (self.steps + length, next(self._ids), done))
+            self._set_timer()
             try:
-                await self._reach(self.steps + length)
+                await done
             finally:
-                self._advance()
-                self.num_running -= 1
-                self._tell()
+                self._advance(-1)
+                self._set_timer()
 
-    async def _reach(self, goal: float) -> None:
-        loop = asyncio.get_running_loop()
-        while goal - self.steps > 1e-6:
-            changed = self._changed
-            wake = loop.call_later((goal - self.steps) * step_s(self.num_running), changed.set)
-            await changed.wait()
-            wake.cancel()
-            self._advance()
-            if changed is self._changed:
-                self._changed = asyncio.Event()
-
-    def _advance(self) -> None:
+    def _advance(self, arrivals: int) -> None:
         now_s = asyncio.get_running_loop().time()
-        if self.num_running:
-            self.steps += (now_s - self._since_s) / step_s(self.num_running)
+        if self._num_running:
+            self.steps += (now_s - self._since_s) / step_s(self._num_running)
         self._since_s = now_s
+        self._num_running += arrivals
 
-    def _tell(self) -> None:
-        """The pace changes for everybody."""
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        while self._goals and self._goals[0][2].done():
+            heapq.heappop(self._goals)
+        if self._goals and self._num_running:
+            wait_s = max(0.0, self._goals[0][0] - self.steps) * step_s(self._num_running)
+            self._timer = asyncio.get_running_loop().call_later(wait_s, self._end_next)
+
+    def _end_next(self) -> None:
+        self._advance(0)
+        while self._goals and (self._goals[0][2].done() or self._goals[0][0] - self.steps < 1e-6):
+            _, _, done = heapq.heappop(self._goals)
+            if not done.done():
+                done.set_result(None)
+        self._set_timer()
 
 
 class Collector:
@@ -176,7 +177,7 @@ class Collector:
     def __init__(self, switches: Switches, seed: int) -> None:
         self.switches = switches
         self.engines = [VirtualEngine() for _ in range(NUM_ENGINES)]
-        self.router = Router(NUM_ENGINES, switches.is_spread)
+        self.router = Router(NUM_ENGINES)
         self.rewards = asyncio.Semaphore(REWARD_PLACES)
         self.dice = np.random.default_rng(seed)
         self.num_groups = 0
@@ -230,8 +231,9 @@ class Collector:
     async def stream(self, num_batches: int) -> None:
         """Rule of admission: outstanding + collected <= (ahead + 1) · batch."""
         running: set[asyncio.Task[bool]] = set()
-        for batch in range(num_batches):
-            collected = 0 if batch == 0 else collected - GROUPS
+        collected = GROUPS
+        for _ in range(num_batches):
+            collected -= GROUPS
             while collected < GROUPS:
                 room = (self.switches.ahead + 1) * GROUPS - collected - len(running)
                 running |= {asyncio.create_task(self.group()) for _ in range(room)}

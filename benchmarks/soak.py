@@ -36,6 +36,7 @@ Sample = dict[str, float]
 
 
 def main() -> int:
+    sys.path[0] = str(ROOT)  # some benchmarks in this folder have the names of packages
     given = parse()
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory(dir="/dev/shm") as sessions:
         work, root = Path(folder), Path(sessions)
@@ -54,7 +55,7 @@ def main() -> int:
         "minutes": given.minutes,
         "updates": updates,
         "grown": grown,
-        "processes": {name: thirds(each) for name, each in sorted(settled.items())},
+        "processes": {name: thirds(each) for name, each in sorted(settled.items()) if each},
     }
     print(table(result["processes"]))
     print(f"{updates} updates in {given.minutes} minutes; " + ("; ".join(grown) if grown else "nothing grew"))

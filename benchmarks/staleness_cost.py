@@ -35,9 +35,8 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     print(f"updates of {GROUPS} groups of {GROUP_SIZE}; throughput as a share of a run without a bound\n")
     for tail, sigma in TAILS.items():
-        print(
-            f"{tail} (sigma {sigma})\nbound  rule            throughput  trainer idle  untrained work  staleness mean  max"
-        )
+        print(f"{tail} (sigma {sigma})")
+        print("bound  rule            throughput  trainer idle  untrained work  staleness mean  max")
         baseline = 1.0
         for bound, rule, outcomes in cases(sigma, given.seeds, given.updates):
             line = averages(outcomes)

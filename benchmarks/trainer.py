@@ -52,11 +52,11 @@ def parse() -> argparse.Namespace:
 
 
 def contestant(python: Path | str, script: str, *arguments: Any, threads: int) -> dict[str, Any]:
-    command = [str(python), str(ROOT / "benchmarks" / script), *map(str, arguments)]
+    command = [str(python), "-m", f"benchmarks.{script}", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{script} {arguments[0]} failed:\n{done.stderr[-4000:]}")
+        raise SystemExit(f"{script} {' '.join(map(str, arguments))} failed:\n{done.stderr[-4000:]}")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
@@ -65,7 +65,7 @@ def measure_steps(given: argparse.Namespace, batch: Batch, folder: Path) -> dict
     save_batch(batch, folder / "batch.npz")
     make_model(folder / "model", given.vocabulary, given.hidden, given.layers)
     common = (folder, given.threads, given.steps)
-    ours, theirs = "trainer_steps.py", "trainer_trl.py"
+    ours, theirs = "trainer_steps", "trainer_trl"
     found = {
         "FlowRL": contestant(sys.executable, ours, "flowrl", *common, given.budget, threads=given.threads),
         "plain loop": contestant(sys.executable, ours, "plain", *common, given.micro_rows, threads=given.threads),
@@ -109,7 +109,7 @@ def report_steps(given: argparse.Namespace) -> list[str]:
 def report_memory(given: argparse.Namespace) -> list[str]:
     sizes = (given.memory_tokens, given.hidden, given.memory_vocabulary)
     found = {
-        name: contestant(sys.executable, "trainer_steps.py", name, "-", given.threads, *sizes, threads=given.threads)
+        name: contestant(sys.executable, "trainer_steps", name, "-", given.threads, *sizes, threads=given.threads)
         for name in ("chunked", "naive")
     }
     ours, naive = found["chunked"], found["naive"]
@@ -138,9 +138,7 @@ def main() -> None:
     if given.rows % given.micro_rows:
         raise SystemExit(f"--rows: {given.rows}; must be a multiple of --micro-rows={given.micro_rows}")
     if given.gpu:
-        from trainer_gpu import report_gpu
-
-        lines = report_gpu()
+        lines = contestant(sys.executable, "trainer_gpu", threads=given.threads)["lines"]
     else:
         lines = [*report_steps(given), "", *report_memory(given)]
     machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores"

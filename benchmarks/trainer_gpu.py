@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import tempfile
 import time
@@ -123,3 +124,7 @@ def report_gpu() -> list[str]:
                 f"{flops / step / 1e12:.0f} | {use} | {memory / 1e9:.1f} GB |"
             )
     return lines
+
+
+if __name__ == "__main__":
+    print(json.dumps({"lines": report_gpu()}))

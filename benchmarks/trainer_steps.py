@@ -1,4 +1,4 @@
-"""Contestants of the trainer's benchmark, a process each: `trainer_steps.py NAME FOLDER THREADS …`, JSON on stdout.
+"""Contestants of the trainer's benchmark, a process each: `-m benchmarks.trainer_steps NAME FOLDER THREADS …`.
 
 flowrl   an update of `PolicyTrainer`: packed, log-probs in chunks
 plain    a loop over transformers and torch: right-padded micro-batches, each to its own longest row, whole logits
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from trainer_batch import CLIP_HIGH, CLIP_LOW, GRAD_CLIP, LEARNING_RATE, Batch, load_batch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.trainer_batch import CLIP_HIGH, CLIP_LOW, GRAD_CLIP, LEARNING_RATE, Batch, load_batch
 from flowrl.config import AlgorithmConfig, TrainConfig
 from flowrl.trainer.logprob import token_logprobs
 from flowrl.trainer.model import load_policy

@@ -17,8 +17,9 @@ from typing import Any
 import datasets
 import torch
 import trl
-from trainer_batch import CLIP_HIGH, CLIP_LOW, GRAD_CLIP, LEARNING_RATE, Batch, load_batch
 from transformers import TrainerCallback
+
+from benchmarks.trainer_batch import CLIP_HIGH, CLIP_LOW, GRAD_CLIP, LEARNING_RATE, Batch, load_batch
 
 
 def padded(batch: Batch) -> dict[str, torch.Tensor]:

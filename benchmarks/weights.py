@@ -77,7 +77,7 @@ def measure(size: int, engines: int, rounds: int, scratch: Path) -> dict[str, An
         make_model(work / "model", size)
         roles = [f"rank:{rank}" for rank in range(NUM_RANKS)] + [f"engine:{index}" for index in range(engines)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
-        command = [sys.executable, __file__, "--role"]
+        command = [sys.executable, "-P", __file__, "--role"]
         settings = json.dumps({"work": memory, "disk": disk, "engines": engines, "rounds": rounds, "port": free_port()})
         processes = [
             subprocess.Popen([*command, role, settings], env=environment, stdout=subprocess.PIPE, text=True)

@@ -22,6 +22,7 @@ import msgspec
 
 from controllers.context import WorkerContext
 from controllers.dotted import load_attribute
+from controllers.idle import IdleAccount
 from controllers.stage import Stage
 from transfer_queue.client import QueueClient
 from transfer_queue.errors import DuplicateRow
@@ -67,9 +68,11 @@ def _make_executor(stage: Stage, context: WorkerContext) -> Any:
 
 def _run_stage(context: WorkerContext, stage: Stage, executor: Any) -> None:
     max_rows = getattr(executor, "max_rows", _MAX_ROWS)
+    idle = IdleAccount(context, stage.name)
     with QueueClient(context.queue_endpoints, secret=context.queue_secret, name=context.name) as queue:
         while not context.stopping.is_set():
-            with context.waiting_for(f"rows for stage {stage.name}"):
+            idle.tell()
+            with idle.waiting():
                 rows = queue.take(stage.name, max_rows=max_rows, wait_s=_WAIT_S).rows
             if len(rows):
                 columns = executor.process(rows)
@@ -77,6 +80,7 @@ def _run_stage(context: WorkerContext, stage: Stage, executor: Any) -> None:
                 if columns:
                     _put(queue, Rows(rows.keys, columns))
                 queue.ack(stage.name, rows.keys)
+    idle.tell(is_last=True)
 
 
 def _put(queue: QueueClient, rows: Rows) -> None:

@@ -180,7 +180,7 @@ class Links:
             host=host_name(),
             address=self._settings.address,
             plan=f"{fingerprint(plans)}{self._settings.recipe}",
-            versions=installed_versions() if self._topology.num_nodes > 1 else {},
+            versions={**installed_versions(), **self._settings.versions} if self._topology.num_nodes > 1 else {},
             life=self._settings.life,
             restore_from=self._settings.restore_from,
             secret="" if self._topology.is_on_one_host else secrets.token_hex(32),

@@ -7,10 +7,11 @@ end. The only file of the controllers that imports torch, and only when there is
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ _PING = "peers/ping"
 _HEARTBEAT_S = 1.0
 _THREADS = 8
 _CLOSE_S = 2.0
+_SCHEME = "flowrl"
 
 
 class Peers(Protocol):
@@ -110,6 +112,8 @@ class TorchPeers:
         self._timeout_s = timeout_s
         self._interface = interface
         self._on_lost = on_lost
+        self._restart = topology.restart
+        self._is_started = False
         self._handlers: dict[str, Handler] = {_PING: lambda _node, _payload: b""}
         self._outboxes: dict[int, SimpleQueue[tuple[str, bytes] | None]] = {
             node: SimpleQueue() for node in range(topology.num_nodes) if node != topology.node
@@ -130,14 +134,14 @@ class TorchPeers:
             os.environ.setdefault(variable, self._interface)
         _serving = self._handlers
         self._rpc: Any = rpc
-        # env:// finds torchrun's own store at MASTER_ADDR:MASTER_PORT and sets keys of this attempt apart.
         options = rpc.TensorPipeRpcBackendOptions(
-            num_worker_threads=_THREADS, rpc_timeout=self._start_s, init_method="env://"
+            num_worker_threads=_THREADS, rpc_timeout=self._start_s, init_method=_meeting(self._restart)
         )
         with warnings.catch_warnings():
             # torch's own use of a function it has deprecated.
             warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
             rpc.init_rpc(_name(self.node), rank=self.node, world_size=self.num_nodes, rpc_backend_options=options)
+        self._is_started = True
         for sender in self._senders:
             sender.start()
 
@@ -173,6 +177,8 @@ class TorchPeers:
             outbox.put((handler_name, payload))
 
     def close(self, is_orderly: bool) -> None:
+        if not self._is_started:
+            return
         for outbox in self._outboxes.values():
             outbox.put(None)
         for sender in self._senders:
@@ -205,6 +211,25 @@ _serving: dict[str, Handler] = {}
 
 def _serve(handler_name: str, source: int, payload: bytes) -> bytes:
     return _serving[handler_name](source, payload)
+
+
+def _meeting(restart: int) -> str:
+    """Where RPC's processes meet, as an init_method: in torchrun's own store, which may outlive a restart, under keys
+    of this start alone. What the processes of an earlier one have left there are addresses of the dead."""
+    _register_meeting()
+    return f"{_SCHEME}://restart-{restart}"
+
+
+@functools.cache
+def _register_meeting() -> None:
+    from torch.distributed import PrefixStore, register_rendezvous_handler, rendezvous
+
+    def meet(url: str, **kwargs: Any) -> Iterator[tuple[Any, int, int]]:
+        """url: with rank and world size behind a question mark; env:// finds torchrun's store, and the same two."""
+        for store, rank, world_size in rendezvous("env://", **kwargs):
+            yield PrefixStore(url.partition("?")[0], store), rank, world_size
+
+    register_rendezvous_handler(_SCHEME, meet)
 
 
 def _name(node: int) -> str:

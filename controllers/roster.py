@@ -12,7 +12,7 @@ import msgspec
 from controllers.peers import Peers
 
 _HANDLER = "roster/card"
-_PACKAGES = ("torch", "pyzmq", "msgspec", "numpy", "transformers")
+_PACKAGES = ("flowrl", "torch", "pyzmq", "msgspec", "numpy", "transformers", "safetensors")
 
 
 class Card(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,7 +67,7 @@ def refuse_difference(mine: Card, other: Card) -> None:
             f"plan {other.plan}, not {mine.plan}"
         )
     for package, version in mine.versions.items():
-        theirs = other.versions[package]
+        theirs = other.versions.get(package, "none")
         if theirs != version:
             raise RuntimeError(
                 f"node {other.node} ({other.host}) has {package} {theirs}; node {mine.node} ({mine.host}) has {version}"
@@ -76,7 +76,7 @@ def refuse_difference(mine: Card, other: Card) -> None:
 
 def installed_versions() -> dict[str, str]:
     """Of what must agree among nodes; the interpreter counts to the minor version."""
-    versions = {"python": ".".join(platform.python_version_tuple()[:2])}
+    versions = {"python": ".".join(platform.python_version_tuple()[:2]), "platform": platform.machine()}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -50,8 +50,9 @@ class ControllerSettings:
     a path below run_dir, empty to begin anew (node 0's count for all nodes). queue: None starts no shard. session_root:
     where session directories are made; needed_bytes: free space wanted there. address, interface: of this node, where
     others reach it. is_trusted: says that only the run's own nodes can reach these; several nodes off loopback need it,
-    because torch RPC has no secret. recipe: a hash that must agree on all nodes. events_max_bytes: at which a segment
-    of the event log is closed. start_s: for the nodes to find each other; peer_s: silence that makes a node dead."""
+    because torch RPC has no secret. recipe: a hash that must agree on all nodes; versions: by name, what else must.
+    events_max_bytes: at which a segment of the event log is closed. start_s: for the nodes to find each other; peer_s:
+    silence that makes a node dead."""
 
     run_dir: Path
     queue: QueueSettings | None = None
@@ -63,6 +64,7 @@ class ControllerSettings:
     interface: str = "lo"
     is_trusted: bool = False
     recipe: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     events_max_bytes: int = 1 << 30
     start_s: float = 120.0

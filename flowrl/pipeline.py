@@ -254,6 +254,7 @@ def controller_settings(built: Pipeline, run_dir: Path, life: Life) -> Controlle
         is_trusted=recipe.network.trusted,
         address=interface_address(recipe.network.interface),
         recipe=fingerprint(recipe),
+        versions={"code": code_digest()},
         events_max_bytes=recipe.run.events_max_mb << 20,
         **optional,
     )
@@ -272,6 +273,17 @@ def published_bytes(recipe: Recipe, route: Route) -> int:
 def fingerprint(recipe: Recipe) -> str:
     """Equal on all nodes, or the run is refused."""
     return hashlib.sha256(to_yaml(recipe).encode()).hexdigest()[:16]
+
+
+def code_digest() -> str:
+    """Of all Python files of our packages: nodes that have installed different states of one version differ here."""
+    home = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for package in ("controllers", "flowrl", "transfer_queue"):
+        for path in sorted((home / package).rglob("*.py")):
+            digest.update(str(path.relative_to(home)).encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def interface_address(interface: str) -> str:

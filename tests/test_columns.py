@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from flowrl.columns import COLUMNS
-from flowrl.pipeline import ROLLOUT_COLUMNS, TRAIN_COLUMNS
+from flowrl.config import load
+from flowrl.pipeline import ROLLOUT_COLUMNS, stages
 from flowrl.rollout.engine import FinishReason
 from flowrl.rollout.episodes import Trajectory
 from flowrl.stages.rollout import columns_of
 from transfer_queue.rows import RowKey
 
+QUICKSTART = Path(__file__).resolve().parents[1] / "recipes" / "quickstart.yaml"
 
-def test_every_column_of_the_graph_is_in_the_table() -> None:
-    assert {*ROLLOUT_COLUMNS, *TRAIN_COLUMNS, "episode_reward"} == set(COLUMNS)
+# Together they switch on every stage that writes.
+VARIANTS = (
+    (),
+    ("rollout.filter_tied=true",),
+    ("algorithm.name=segment_ppo",),
+    ("reward.name=episode", "rollout.episode=mine.py:scored", "warm_start=null"),
+)
+
+
+def test_every_column_that_a_stage_writes_is_in_the_table_and_no_other() -> None:
+    written = {
+        column for overrides in VARIANTS for stage in stages(load(QUICKSTART, overrides)) for column in stage.writes
+    }
+    assert written == set(COLUMNS)
 
 
 def test_rollout_writes_the_types_that_the_table_says() -> None:

@@ -18,6 +18,7 @@ from transfer_queue.errors import (
 )
 from transfer_queue.rows import Column, RowKey, Rows
 from transfer_queue.server import QueueServer
+from transfer_queue.spans import Keys
 from transfer_queue.staleness import Accounts
 from transfer_queue.verbs import Taken
 from transfer_queue.wire import Reservation
@@ -29,6 +30,7 @@ __all__ = [
     "Column",
     "ConsumerSpec",
     "DuplicateRow",
+    "Keys",
     "LocalClock",
     "QueueClient",
     "QueueClosed",

@@ -139,11 +139,15 @@ class Admission:
 
 def _rows(plan: Sequence[Arrival], bits_of: Callable[[Arrival], int]) -> list[tuple[Span, int]]:
     """Some of the rows of a put, with their positions in it."""
-    return [
-        (Span(*arrival.span.identity, first, end), arrival.position + first - arrival.span.first)
-        for arrival in plan
-        for first, end in ranges(bits_of(arrival))
-    ]
+    rows = []
+    for arrival in plan:
+        bits = bits_of(arrival)
+        if bits == arrival.span.bits:
+            rows.append((arrival.span, arrival.position))
+            continue
+        for first, end in ranges(bits):
+            rows.append((Span(*arrival.span.identity, first, end), arrival.position + first - arrival.span.first))
+    return rows
 
 
 def _unwanted(plan: Sequence[Arrival]) -> list[int]:

@@ -21,6 +21,7 @@ DTYPES = {
     for name in ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64",
                  "float16", "float32", "float64")
 }  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 OFFSETS = np.dtype("<i8")
 RUN = np.dtype("<i4")
 _NO_OFFSETS = np.empty(0, OFFSETS)
@@ -33,7 +34,7 @@ def pack(columns: Mapping[str, Column]) -> tuple[list[ColumnHeader], list[memory
     for name, column in columns.items():
         dtype = travelling(name, column.values.dtype)
         offsets = offsets_to_send(column)
-        headers.append(ColumnHeader(name, dtype.name, bool(len(offsets))))
+        headers.append(ColumnHeader(name, name_of(dtype), bool(len(offsets))))
         frames.append(_bytes_of(column.values, dtype))
         if len(offsets):
             frames.append(_bytes_of(offsets, OFFSETS))
@@ -42,9 +43,14 @@ def pack(columns: Mapping[str, Column]) -> tuple[list[ColumnHeader], list[memory
 
 def travelling(name: str, dtype: np.dtype) -> np.dtype:
     """The form in which a dtype travels. Raises RowRefused for one that does not."""
-    if dtype.name not in DTYPES:
+    if dtype not in _NAMES:
         raise RowRefused(f"columns: {name!r} is {dtype}; what travels is {', '.join(DTYPES)}")
-    return DTYPES[dtype.name]
+    return DTYPES[_NAMES[dtype]]
+
+
+def name_of(dtype: np.dtype) -> str:
+    """Of one that travels. numpy makes up the name anew each time one asks."""
+    return _NAMES[dtype]
 
 
 def offsets_to_send(column: Column) -> Array:

@@ -9,19 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-import msgspec
 import numpy as np
 
+from transfer_queue.spans import Keys, RowKey
+
 Array = np.ndarray
-
-
-class RowKey(msgspec.Struct, frozen=True, array_like=True, order=True):
-    """Names one row. `attempt` counts how often its group was reserved anew."""
-
-    partition: str
-    group: int
-    index: int
-    attempt: int = 0
 
 
 class Column:
@@ -105,7 +97,7 @@ class Rows:
         for name, column in columns.items():
             if len(column) != len(keys):
                 raise ValueError(f"column {name!r}: {len(column)} rows for {len(keys)} keys")
-        self.keys = list(keys)
+        self.keys: Sequence[RowKey] = keys if isinstance(keys, Keys) else list(keys)
         self.columns = dict(columns)
         self.versions = list(versions)
 

@@ -5,13 +5,21 @@ A group's rows mostly do things together, so neither the wire nor the ledger goe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import msgspec
 
-from transfer_queue.rows import RowKey
-
 MAX_GROUP_ROWS = 1 << 20
+
+
+class RowKey(msgspec.Struct, frozen=True, array_like=True, order=True):
+    """Names one row. `attempt` counts how often its group was reserved anew."""
+
+    partition: str
+    group: int
+    index: int
+    attempt: int = 0
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True):
@@ -43,8 +51,46 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
         return (RowKey(self.partition, self.group, index, self.attempt) for index in range(self.first, self.end))
 
 
+class Keys(Sequence[RowKey]):
+    """Row keys, kept as spans until somebody looks at one."""
+
+    __slots__ = ("_keys", "_num_keys", "spans")
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, spans: Iterable[Span]) -> None:
+        self.spans = tuple(spans)
+        self._num_keys = sum(map(len, self.spans))
+        self._keys: list[RowKey] | None = None
+
+    @property
+    def all(self) -> list[RowKey]:
+        if self._keys is None:
+            self._keys = keys_of(self.spans)
+        return self._keys
+
+    def __len__(self) -> int:
+        return self._num_keys
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.all[index]
+
+    def __iter__(self) -> Iterator[RowKey]:
+        return iter(self.all)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self.all == list(other)
+
+    def __add__(self, other: Iterable[RowKey]) -> list[RowKey]:
+        return [*self.all, *other]
+
+    def __repr__(self) -> str:
+        return repr(self.all)
+
+
 def spans_of(keys: Sequence[RowKey]) -> list[Span]:
     """In the order of the keys."""
+    if isinstance(keys, Keys):
+        return list(keys.spans)
     spans: list[Span] = []
     start: RowKey | None = None
     end = 0

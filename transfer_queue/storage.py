@@ -247,7 +247,7 @@ class Storage:
                         found.placed.append(run.parcel.placed(group))
                     index = indices[id(run.parcel)]
                 table.append((index, run.first, run.end))
-            found.columns.extend(wire.ColumnHeader(name, self._dtypes[name].name, False) for name in group)
+            found.columns.extend(wire.ColumnHeader(name, frames.name_of(self._dtypes[name]), False) for name in group)
             found.layouts.append(wire.Layout(group, np.array(table, frames.RUN).tobytes()))
         return found
 

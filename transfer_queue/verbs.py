@@ -94,7 +94,7 @@ class Verbs:
         self._stride = 0
         self._owners: dict[int, int] = {}
         self._near: dict[int, Near] = {}
-        self._held: tuple[tuple[int, int], set[RowKey]] = ((-1, -1), set())
+        self._held: tuple[tuple[int, int], set[Span]] = ((-1, -1), set())
         self._max_put_bytes: dict[int, int] = {}
         self._abandoned: dict[int, Send] = {}
 
@@ -137,20 +137,26 @@ class Verbs:
 
     def _put(self, part: Part) -> Verb[list[int]]:
         """Positions of the rows that nobody wants any more."""
+        yield from self._locate()
+        if len(self.endpoints) == 1:
+            return (yield from self._put_to(0, part))
         unwanted: list[int] = []
-        for owner, positions in (yield from self._by_owner(part.keys)).items():
-            mine = part.select(positions)
-            check_put_bytes(mine.num_bytes, self._max_put_bytes[owner])
-            near = self._near.get(owner)
-            placed = near.write(mine.columns, len(mine.keys)) if near is not None else None
-            versions = [int(version) for version in mine.versions]
-            request = wire.Put(next(self._ids), spans_of(mine.keys), [], versions, placed)
-            answer = yield from self._ask(owner, request, mine.columns if placed is None else {})
-            assert isinstance(answer.reply, wire.Stored), f"a put was answered by {answer.reply}"
-            if near is not None:
-                near.writer.recycle(answer.reply.recycled)
-            unwanted += [positions[position] for position in answer.reply.unwanted]
+        for owner, positions in self._by_owner(part.keys).items():
+            mine = yield from self._put_to(owner, part.select(positions))
+            unwanted += [positions[position] for position in mine]
         return unwanted
+
+    def _put_to(self, owner: int, part: Part) -> Verb[list[int]]:
+        check_put_bytes(part.num_bytes, self._max_put_bytes[owner])
+        near = self._near.get(owner)
+        placed = near.write(part.columns, len(part.keys)) if near is not None else None
+        versions = [int(version) for version in part.versions]
+        request = wire.Put(next(self._ids), spans_of(part.keys), [], versions, placed)
+        answer = yield from self._ask(owner, request, part.columns if placed is None else {})
+        assert isinstance(answer.reply, wire.Stored), f"a put was answered by {answer.reply}"
+        if near is not None:
+            near.writer.recycle(answer.reply.recycled)
+        return answer.reply.unwanted
 
     def take(
         self,
@@ -195,10 +201,14 @@ class Verbs:
         """A shard that has come back from its journal cannot know whether its last answer arrived, and repeats it."""
         if self._held[0] != update:
             self._held = (update, set())
-        held = self._held[1]
-        fresh = [position for position, key in enumerate(taken.rows.keys) if key not in held]
-        held.update(taken.rows.keys)
-        return taken if len(fresh) == len(taken.rows) else Taken(taken.rows.select(fresh), taken.closed)
+        held, given = self._held[1], spans_of(taken.rows.keys)
+        if held.isdisjoint(given):
+            held.update(given)
+            return taken
+        known = {key for span in held.intersection(given) for key in span.keys}
+        held.update(given)
+        fresh = [position for position, key in enumerate(taken.rows.keys) if key not in known]
+        return Taken(taken.rows.select(fresh), taken.closed)
 
     def _read(self, endpoint: int, answer: Answer) -> Answer | None:
         """With its columns, copied out of shared memory; None if they were moved before they could be."""
@@ -209,15 +219,14 @@ class Verbs:
 
     def ack(self, consumer: str, keys: Sequence[RowKey]) -> Verb[int]:
         count = 0
-        for owner, positions in (yield from self._by_owner(keys)).items():
-            request = wire.Ack(next(self._ids), consumer, spans_of([keys[position] for position in positions]))
+        for owner, spans in (yield from self._spans_by_owner(keys)).items():
+            request = wire.Ack(next(self._ids), consumer, spans)
             count += _count((yield from self._ask(owner, request)))
         return count
 
     def commit(self, incarnation: int, update: int, keys: Sequence[RowKey]) -> Verb[int]:
         count = 0
-        for owner, positions in (yield from self._by_owner(keys)).items():
-            spans = spans_of([keys[position] for position in positions])
+        for owner, spans in (yield from self._spans_by_owner(keys)).items():
             request = wire.Commit(next(self._ids), incarnation, update, spans)
             count += _count((yield from self._ask(owner, request)))
         return count
@@ -227,8 +236,7 @@ class Verbs:
 
     def drop(self, keys: Sequence[RowKey], reason: str, again: bool) -> Verb[int]:
         count = 0
-        for owner, positions in (yield from self._by_owner(keys)).items():
-            spans = spans_of([keys[position] for position in positions])
+        for owner, spans in (yield from self._spans_by_owner(keys)).items():
             request = wire.Drop(next(self._ids), spans, reason, again)
             count += _count((yield from self._ask(owner, request)))
         return count
@@ -345,17 +353,25 @@ class Verbs:
             if space is not None:
                 self._near[endpoint] = Near(space, located.writer)
 
-    def _by_owner(self, keys: Sequence[RowKey]) -> Verb[dict[int, list[int]]]:
-        """Positions of the keys by the endpoint that owns them: shards number their groups in strides."""
+    def _spans_by_owner(self, keys: Sequence[RowKey]) -> Verb[dict[int, list[Span]]]:
         yield from self._locate()
-        if len(self.endpoints) == 1:
-            return {0: list(range(len(keys)))} if keys else {}
+        spans: dict[int, list[Span]] = {}
+        for span in spans_of(keys):
+            spans.setdefault(self._owner(span.group), []).append(span)
+        return spans
+
+    def _owner(self, group: int) -> int:
+        """The endpoint: shards number their groups in strides."""
+        owner = self._owners.get(group % self._stride) if len(self.endpoints) > 1 else 0
+        if owner is None:
+            raise ValueError(f"keys: group {group}; none of {self.endpoints} owns it")
+        return owner
+
+    def _by_owner(self, keys: Sequence[RowKey]) -> dict[int, list[int]]:
+        """Positions of the keys by the endpoint that owns them."""
         positions: dict[int, list[int]] = {}
         for position, key in enumerate(keys):
-            owner = self._owners.get(key.group % self._stride)
-            if owner is None:
-                raise ValueError(f"keys: {key}; none of {self.endpoints} owns that group")
-            positions.setdefault(owner, []).append(position)
+            positions.setdefault(self._owner(key.group), []).append(position)
         return positions
 
 

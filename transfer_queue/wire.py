@@ -13,8 +13,7 @@ from typing import Any
 import msgspec
 
 from transfer_queue.errors import WireError
-from transfer_queue.rows import RowKey
-from transfer_queue.spans import Span, keys_of
+from transfer_queue.spans import Keys, Span
 
 MAGIC = b"flowrl-queue\x02"
 MAX_HEADER_BYTES = 64 << 20
@@ -82,8 +81,8 @@ class Reservation(msgspec.Struct, frozen=True, array_like=True):
         return Span(self.partition, self.group, self.attempt, 0, self.group_size)
 
     @property
-    def keys(self) -> tuple[RowKey, ...]:
-        return tuple(self.span.keys)
+    def keys(self) -> Keys:
+        return Keys([self.span])
 
 
 # Requests
@@ -226,8 +225,8 @@ class Delivered(Message, frozen=True):
     layouts: list[Layout] = []
 
     @property
-    def keys(self) -> list[RowKey]:
-        return keys_of(self.spans)
+    def keys(self) -> Keys:
+        return Keys(self.spans)
 
 
 class Report(Message, frozen=True):

@@ -61,7 +61,7 @@ class SegmentWriter:
         for (name, values, offsets), dtype in zip(flat, dtypes, strict=True):
             values_at = page.append(values, dtype)
             offsets_at = page.append(offsets, frames.OFFSETS) if len(offsets) else 0
-            places.append(wire.ColumnPlace(name, values.dtype.name, len(values), values_at, offsets_at))
+            places.append(wire.ColumnPlace(name, frames.name_of(dtype), len(values), values_at, offsets_at))
         name = page.segment.name
         self._puts[name] = self._puts.get(name, 0) + 1
         return page.segment, places

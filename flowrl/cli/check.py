@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import tempfile
 import time
@@ -36,6 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     sys.path.insert(0, str(Path.cwd()))
     overrides = list(arguments.overrides)
     path = arguments.path
@@ -60,7 +62,6 @@ def report(findings: Iterable[Finding]) -> int:
 
 
 def check_rollout(path: str, overrides: list[str]) -> Iterator[Finding]:
-    """Whatever an episode of the user's gives as its reward is taken, unless the settings say otherwise."""
     from flowrl.rollout.episodes import contract
 
     with tempfile.TemporaryDirectory(prefix="flowrl-check-") as directory:
@@ -104,8 +105,8 @@ def check_reward(path: str, overrides: list[str]) -> Iterator[Finding]:
     yield Finding(name="scores what a model may write", error=None, detail=f"{len(scores)} responses, {span}")
     again = [score.value for score in reward(examples, responses)]
     differ = sum(one != other for one, other in zip(scores, again, strict=True))
-    error = f"{differ} of {len(scores)} responses got another score" if differ else None
-    yield Finding(name="gives the same score again", error=error, detail="as it should")
+    other = f"{differ} of {len(scores)} responses got another score" if differ else None
+    yield Finding(name="gives the same score again", error=other, detail="as it should")
     right = [
         score for score, text, row in zip(scores, responses, examples, strict=True) if text == str(row.ground_truth)
     ]
@@ -115,7 +116,7 @@ def check_reward(path: str, overrides: list[str]) -> Iterator[Finding]:
 
 
 def check_sandbox(overrides: list[str]) -> Iterator[Finding]:
-    """Whether each kind of isolation is possible on this machine, and how long a call takes."""
+    """Which isolation is possible on this machine, and how long a call takes. It fails where full isolation is not."""
     from flowrl.config.episodes import SandboxConfig
     from flowrl.rollout.episodes.contract import Finding
     from flowrl.sandbox.sandbox import Sandbox, SandboxUnavailable
@@ -127,7 +128,8 @@ def check_sandbox(overrides: list[str]) -> Iterator[Finding]:
             try:
                 sandbox.check()
             except SandboxUnavailable as error:
-                yield Finding(name=f"isolation: {isolation}", error=str(error), detail="")
+                refused = str(error) if isolation == "full" else None
+                yield Finding(name=f"isolation: {isolation}", error=refused, detail=str(error))
                 continue
             started = time.monotonic()
             for _ in range(10):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="directory of a run with run.record=true")
+    parser.add_argument("run", type=Path, help="directory of a run")
     parser.add_argument("--out", type=Path, default=None, help="where to leave the model (default: RUN/replay)")
 
 

@@ -7,7 +7,7 @@ import fcntl
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from controllers.topology import Topology
@@ -63,18 +63,23 @@ def train(built: Pipeline, topology: Topology, is_resumed: bool) -> int:
     goes_on = is_resumed or (topology.restart > 0 and (directory / "recipe.yaml").is_file())
     fruitless = 0
     while True:
-        life, code = live(built, topology, goes_on)
+        life, code, summary = live(built, topology, goes_on)
         progress = lives.newest_checkpoint(directory)[0]
         fruitless = 0 if progress > life.step else fruitless + 1
         # Several nodes can only begin anew together, which is torchrun's to bring about (--max-restarts).
         if code != FAILED or not progress or topology.num_nodes > 1 or fruitless > built.recipe.run.restarts:
-            return code
+            break
         print(f"going on from step {progress}, the newest checkpoint", flush=True)
         goes_on = True
+    if topology.node == 0:
+        from flowrl.report.run_report import print_report
+
+        print_report(directory, summary)
+    return code
 
 
-def live(built: Pipeline, topology: Topology, goes_on: bool) -> tuple[Life, int]:
-    """One life; returns it, and its exit code."""
+def live(built: Pipeline, topology: Topology, goes_on: bool) -> tuple[Life, int, dict[str, Any]]:
+    """One life; returns it, its exit code and its summary."""
     from controllers.node import NodeController
     from flowrl.pipeline import controller_settings, worker_settings
     from flowrl.record.display import Display
@@ -95,11 +100,7 @@ def live(built: Pipeline, topology: Topology, goes_on: bool) -> tuple[Life, int]
         )
         code = controller.run()
         summary = recorder.close()
-    if topology.node == 0:
-        from flowrl.report.run_report import print_report
-
-        print_report(directory, summary)
-    return life, code
+    return life, code, summary
 
 
 def open_directory(recipe: Recipe, node: int, goes_on: bool) -> tuple[Path, Path, Life]:
@@ -114,15 +115,16 @@ def open_directory(recipe: Recipe, node: int, goes_on: bool) -> tuple[Path, Path
         return directory, recipe_path, life
     directory = (Path(recipe.run.dir) / recipe.run.name).resolve()
     life = lives.next_life(recipe, directory, node)
-    note_resumed(directory, node, life)
+    if node == 0:
+        note_resumed(directory, life)
     return directory, directory / run_directory.recipe_name(node), life
 
 
-def note_resumed(directory: Path, node: int, life: Life) -> None:
-    """What the event log tells of updates from `version` on has not been, for this life."""
+def note_resumed(directory: Path, life: Life) -> None:
+    """What the event log tells so far of updates from `version` on has not been, for this life."""
     from controllers.eventlog import EventLog
 
-    with EventLog(directory / "events.jsonl", node) as log:
+    with EventLog(directory / "events.jsonl", node=0) as log:
         log.write("resumed", life=life.number, version=life.step)
 
 

@@ -34,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument("--" + name.replace("_", "-"), type=float, help=f"{text} (0)")
     parser.add_argument("--nodes", type=int, default=1, help="that the recipe runs on, a shard on each (1)")
-    parser.add_argument("--updates", type=int, default=100, help="(100)")
+    parser.add_argument("--updates", type=int, help="(100; in trials 100 to 300)")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     parser.add_argument("--json", action="store_true", help="one object a line")
     parser.add_argument("--trials", type=int, help="no recipe: check the queue's promises in so many random settings")
@@ -42,23 +42,32 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.trials is not None:
-        return run_trials(arguments.trials, arguments.seed)
+        return run_trials(arguments.trials, arguments.seed, arguments.updates)
     if arguments.recipe is None:
         raise ValueError("recipe: missing; name a recipe, or say --trials")
     from flowrl.simulate import simulate
 
-    setting = setting_from(arguments)
     rows = []
-    for bound in bounds_from(arguments.bounds):
-        policies = arguments.late.split(",") if bound else ["wait"]  # at 0 nothing is late, and without a bound neither
-        for late in policies:
-            outcome = simulate(dataclasses.replace(setting, max_staleness=bound, late=late))
-            rows.append((bound, late, outcome))
-            if arguments.json:
-                print(json.dumps({"bound": bound, "late": late, **dataclasses.asdict(outcome)}), flush=True)
+    for setting in settings_from(arguments):
+        outcome = simulate(setting)
+        rows.append((setting.max_staleness, setting.late, outcome))
+        if arguments.json:
+            line = {"bound": setting.max_staleness, "late": setting.late, **dataclasses.asdict(outcome)}
+            print(json.dumps(line), flush=True)
     if not arguments.json:
         print(table(rows))
     return 0
+
+
+def settings_from(arguments: argparse.Namespace) -> list[Setting]:
+    """One for each bound and policy. At 0 nothing is late, and without a bound neither: one policy is enough there."""
+    setting = setting_from(arguments)
+    policies = arguments.late.split(",")
+    return [
+        dataclasses.replace(setting, max_staleness=bound, late=late)
+        for bound in bounds_from(arguments.bounds)
+        for late in (policies if bound else policies[:1])
+    ]
 
 
 def setting_from(arguments: argparse.Namespace) -> Setting:
@@ -67,7 +76,8 @@ def setting_from(arguments: argparse.Namespace) -> Setting:
     from flowrl.simulate.of_run import measured_times, setting_of_recipe
 
     setting = setting_of_recipe(config.load(arguments.recipe, arguments.overrides), arguments.nodes)
-    times: dict[str, Any] = {"updates": arguments.updates, "seed": arguments.seed}
+    updates = 100 if arguments.updates is None else arguments.updates
+    times: dict[str, Any] = {"updates": updates, "seed": arguments.seed}
     if arguments.run is not None:
         times |= measured_times(arguments.run, setting.batch_rows)
     else:
@@ -95,14 +105,14 @@ def table(rows: list[tuple[int | None, str, Outcome]]) -> str:
     return "\n".join(lines)
 
 
-def run_trials(trials: int, first_seed: int) -> int:
+def run_trials(trials: int, first_seed: int, num_updates: int | None) -> int:
     """Exit code 1 if a promise was broken; each is named."""
     from flowrl.simulate import simulate
     from flowrl.simulate.trials import random_setting
 
     broken = rows = updates = late = 0
     for seed in range(first_seed, first_seed + trials):
-        setting = random_setting(seed)
+        setting = random_setting(seed, num_updates)
         try:
             outcome = simulate(setting)
         except AssertionError as error:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from controllers.topology import Topology
     from flowrl.config import Recipe
     from flowrl.sweep.axes import Axis, Point
+    from flowrl.sweep.directory import SweepDirectory
     from flowrl.sweep.nodes import Nodes
 
 
@@ -107,7 +108,7 @@ def hash_of_rest(recipe: Recipe, fields: Sequence[str]) -> str:
 def lead_sweep(
     arguments: argparse.Namespace, axes: list[Axis], points: list[Point], recipes: list[Recipe], topology: Topology
 ) -> int:
-    from flowrl.sweep.directory import Plan, SweepDirectory
+    from flowrl.sweep.directory import SweepDirectory
     from flowrl.sweep.display import SweepDisplay
     from flowrl.sweep.nodes import Leader, OneNode
     from flowrl.sweep.search import Halving
@@ -126,44 +127,61 @@ def lead_sweep(
     if arguments.search == "halving":
         halving = Halving(arguments.goal, arguments.min_updates, arguments.reduction)
     with directory.locked():
-        plan = directory.join(
-            Plan(
-                recipe=arguments.recipe,
-                fields=tuple(fields),
-                rest_hash=hash_of_rest(recipes[0], fields),
-                search=arguments.search,
-                metric=arguments.metric,
-                goal=arguments.goal,
-                points=tuple(points),
-            )
-        )
-        directory.write_plan(plan)
-        known = {frozenset(point.settings): point for point in plan.points}
-        chosen = [known[frozenset(point.settings)] for point in points]
-        if arguments.retry:
-            for point in chosen:
-                outcome = directory.outcome(point)
-                if outcome is not None and not outcome.state.is_good:
-                    directory.set_aside(point)
+        chosen, varying = join_plan(arguments, directory, fields, points, recipes[0])
         nodes: Nodes = Leader(topology, recipes[0].network.interface) if topology.num_nodes > 1 else OneNode()
         try:
-            with SweepDisplay(chosen, plan.varying) as display:
+            with SweepDisplay(chosen, varying) as display:
                 Work(directory, terms, display, nodes, halving).run(chosen, _stopping_on_signals())
         finally:
             nodes.close()
-        outcomes = [directory.outcome(point) for point in chosen]
+        if nodes.lost():
+            print(f"the sweep ended early: {nodes.lost()}")
+        return tell_end(directory, chosen)
+
+
+def join_plan(
+    arguments: argparse.Namespace, directory: SweepDirectory, fields: list[str], points: list[Point], recipe: Recipe
+) -> tuple[list[Point], list[str]]:
+    """Writes what belongs to the sweep from now on. The points to do, by the names that they have there, and the fields
+    that vary. Failed points that are to be done anew have lost their outcome."""
+    from flowrl.sweep.directory import Plan
+
+    wanted = Plan(
+        recipe=arguments.recipe,
+        fields=tuple(fields),
+        rest_hash=hash_of_rest(recipe, fields),
+        search=arguments.search,
+        metric=arguments.metric,
+        goal=arguments.goal,
+        points=tuple(points),
+    )
+    plan = directory.join(wanted)
+    directory.write_plan(plan)
+    known = {frozenset(point.settings): point for point in plan.points}
+    chosen = [known[frozenset(point.settings)] for point in points]
+    for point in chosen if arguments.retry else ():
+        outcome = directory.outcome(point)
+        if outcome is not None and not outcome.state.is_good:
+            directory.set_aside(point)
+    return chosen, plan.varying
+
+
+def tell_end(directory: SweepDirectory, chosen: Sequence[Point]) -> int:
+    """What is left to do, and by which command. The exit code."""
+    outcomes = [directory.outcome(point) for point in chosen]
     bad = [point.name for point, outcome in zip(chosen, outcomes, strict=True) if outcome and not outcome.state.is_good]
     if bad:
         print(f"failed: {', '.join(bad)} (logs in {directory.path / 'logs'}; --retry does them anew)")
     if None in outcomes:
         print("interrupted; the same command goes on where this one ended")
         return 130
-    print(f"flowrl report {arguments.out} draws it")
+    print(f"flowrl report {directory.path} draws it")
     return 1 if bad else 0
 
 
 def follow_sweep(out: Path, topology: Topology, interface: str) -> int:
     from controllers.reaper import Reaper
+    from flowrl.sweep.directory import SweepDirectory
     from flowrl.sweep.nodes import follow
 
     scratch = out.resolve() / f".running.node{topology.node}"
@@ -172,7 +190,7 @@ def follow_sweep(out: Path, topology: Topology, interface: str) -> int:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
     try:
-        return follow(topology, interface, out.resolve() / "logs", reaper)
+        return follow(topology, interface, SweepDirectory(out), reaper)
     finally:
         reaper.close()
 

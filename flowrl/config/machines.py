@@ -82,7 +82,7 @@ class RunConfig:
     events_max_mb: int = 1024
     session_dir: str | None = None
     determinism: str = "fast"
-    record: bool = False
+    record: bool = True
     restarts: int = 2
     heartbeat_s: float = 60.0
 

@@ -47,5 +47,5 @@ def configured(name: str = "grpo", **given: Any) -> AlgorithmConfig:
 
 def _clips(loss: str, preferred: Mapping[str, Any]) -> dict[str, Any]:
     """null for what the loss does not have. A loss of the user's takes what it takes from `loss_settings`."""
-    own = dict(LOSSES[loss].clips) if loss in LOSSES else {}
-    return {field: (own | preferred).get(argument) for argument, field in CLIPS.items()}
+    found: dict[str, Any] = {**LOSSES[loss].clips, **preferred} if loss in LOSSES else {}
+    return {field: found.get(argument) for argument, field in CLIPS.items()}

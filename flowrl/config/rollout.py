@@ -22,8 +22,7 @@ class RolloutConfig:
     hands on an engine's whole share of an update and takes new weights between two shares, which at staleness.max=1 is
     one-step-off training.
 
-    servers: SGLang servers that each engine launches; urls: those that run already, instead. spread_groups: the samples of
-    a group go to whichever server is least loaded, not to the one that has computed their prompt. stop_strings: end a
+    servers: SGLang servers that each engine launches; urls: those that run already, instead. stop_strings: end a
     response, with the token that completes one. filter_tied: a group whose rewards are all equal teaches nothing, is
     dropped and replaced by another prompt's. redundancy: samples a group beyond group_size, of which the first
     group_size to end are kept; this favours short responses.
@@ -45,7 +44,6 @@ class RolloutConfig:
     python: str | None = None
     servers: int = 1
     urls: list[str] = field(default_factory=list)
-    spread_groups: bool = False
     stop_strings: list[str] = field(default_factory=list)
     filter_tied: bool = False
     redundancy: int = 0
@@ -71,7 +69,7 @@ class RolloutConfig:
         check_servers(self)
         check_at_least("rollout.redundancy", self.redundancy, 0)
         if "" in self.stop_strings:
-            raise ValueError(f"rollout.stop_strings: {self.stop_strings}; an empty one would end every response at once")
+            raise ValueError(f"rollout.stop_strings: {self.stop_strings}; an empty one ends every response at once")
         if self.filter_tied and self.group_size == 1:
             raise ValueError("rollout.filter_tied: True; rollout.group_size=1 makes every group tied")
 
@@ -81,11 +79,7 @@ def check_servers(rollout: RolloutConfig) -> None:
     check_at_least("rollout.servers", rollout.servers, 1)
     if rollout.urls and rollout.servers > 1:
         raise ValueError(f"rollout.servers: {rollout.servers}; rollout.urls names servers that run already")
-    for name, is_set in (
-        ("servers", rollout.servers > 1),
-        ("urls", bool(rollout.urls)),
-        ("spread_groups", rollout.spread_groups),
-    ):
+    for name, is_set in (("servers", rollout.servers > 1), ("urls", bool(rollout.urls))):
         if is_set and rollout.engine != "sglang":
             raise ValueError(f"rollout.{name}: {getattr(rollout, name)}; rollout.engine={rollout.engine} has one")
 
@@ -103,12 +97,19 @@ def check_episode(rollout: RolloutConfig) -> None:
         check_positive(f"rollout.{limit}", getattr(rollout, limit))
     if rollout.turn_tokens is not None:
         check_at_least("rollout.turn_tokens", rollout.turn_tokens, 1)
+    if rollout.in_flight == "abort" and rollout.stop_strings:
+        raise ValueError(
+            "rollout.stop_strings: an aborted response is resumed from its tokens, and would miss a string "
+            "that began before; set rollout.in_flight=keep or recompute"
+        )
     check_dotted("rollout.tool_parser", rollout.tool_parser)
     for tool in rollout.tools:
         if ":" in tool:
             check_dotted("rollout.tools", tool)
         else:
             check_one_of("rollout.tools", tool, BUILTIN_TOOLS)
+    if name == "single_turn" and rollout.turn_tokens is not None:
+        raise ValueError(f"rollout.turn_tokens: {rollout.turn_tokens}; a single turn has max_tokens")
     if rollout.tools and name in ("single_turn", "environment"):
         raise ValueError(f"rollout.tools: {rollout.tools}; rollout.episode={name} calls none, set multi_turn")
     if name == "multi_turn" and not rollout.tools:

@@ -22,7 +22,7 @@ LOGITS_BYTES = 256 << 20
 """Log-probabilities are computed in pieces of the vocabulary's rows: at most about so much at once."""
 EVALUATION_BATCH = 256
 EVENTS_PER_ROW = 5
-EVENT_BYTES = 110
+EVENT_BYTES = 92
 METRICS_BYTES = 1500
 SAMPLE_BYTES = 600
 

@@ -35,7 +35,7 @@ class Lineage:
     def __init__(self, run: Path, rank: int) -> None:
         found = sorted((life, path) for number, life, path in record_files(run) if number == rank)
         if not found:
-            raise ValueError(f"run: {str(run)!r} has no record of rank {rank}; run with run.record=true")
+            raise ValueError(f"run: {str(run)!r} has no record of rank {rank}; run.record was false there")
         self.lives = _surviving([_life(path) for _, path in found])
         self.beginning = self.lives[0].beginning
         sizes = {life.beginning.world_size for life in self.lives}

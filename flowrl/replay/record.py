@@ -4,14 +4,13 @@
         Beginning           once
         Consumed            for every call that accumulates: rows as they came, so that micro-batches are the same
         Updated             after every step: a digest of each parameter's shard
-    record/step_0/          the trainer before the first update
+    record/step_0/          the trainer before the first update, where that is not just the model of the recipe
 
 A life is what lies between two starts of a run; where it had to go back to a checkpoint, the later life counts.
 """
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,13 +18,13 @@ from types import TracebackType
 
 import msgspec
 import torch
+import xxhash
 
 from flowrl.trainer.parcel import Parcel
 from transfer_queue.rows import Rows
 
 RECORD_DIR = "record"
 _LENGTH = struct.Struct("<I")
-_DIGEST_BYTES = 8
 
 
 class Beginning(msgspec.Struct, frozen=True, tag=True):
@@ -96,7 +95,7 @@ def _digest(tensor: torch.Tensor) -> str:
     if hasattr(local, "to_local"):
         local = local.to_local()
     flat = local.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(flat, digest_size=_DIGEST_BYTES).hexdigest()
+    return xxhash.xxh3_64_hexdigest(flat.data)
 
 
 def read_entries(path: Path) -> Iterator[Entry]:

@@ -45,7 +45,9 @@ class ReplayedTraining(TrainStage):
 
     def run(self) -> None:
         trainer = self.make_trainer(self._replayed)
-        checkpoint.load(self._replayed / RECORD_DIR / FIRST_STATE, trainer)
+        start = self._replayed / RECORD_DIR / FIRST_STATE
+        if start.is_dir():
+            checkpoint.load(start, trainer)
         with self.context.event_log() as events:
             for recorded in self._lineage.updates():
                 self._now = recorded

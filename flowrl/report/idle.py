@@ -1,4 +1,4 @@
-"""How long the stages of a run had nothing to do, from what the run left: no stage has to keep the account itself."""
+"""How long the stages of a run had nothing to do, from what the run left."""
 
 from __future__ import annotations
 
@@ -34,6 +34,18 @@ def train_idle_share(record: RunRecord) -> float | None:
     waited, step = record.series("timing_s/wait_for_rows"), record.series("timing_s/step")
     total = float(step.value.sum())
     return float(waited.value.sum()) / total if total > 0 else None
+
+
+def mapped_idle_shares(record: RunRecord, since: float) -> dict[str, float]:
+    """Stage -> share of its worker's time that it waited for rows, over what was reported after `since`."""
+    shares = {}
+    for name in record.names("perf/idle_s/"):
+        stage = name.removeprefix("perf/idle_s/")
+        idle, span = record.series(name), record.series(f"perf/span_s/{stage}")
+        total = float(span.value[span.t > since].sum())
+        if total > 0:
+            shares[stage] = float(idle.value[idle.t > since].sum()) / total
+    return shares
 
 
 def _idle_share(began: np.ndarray, ended: np.ndarray, until: float) -> float | None:

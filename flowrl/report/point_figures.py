@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from flowrl.report.events import read_events
-from flowrl.report.idle import rollout_idle_share, train_idle_share
+from flowrl.report.idle import mapped_idle_shares, rollout_idle_share, train_idle_share
 from flowrl.report.record import RunRecord, Series
 
 TRAILING = 10  # updates that a smoothed reward looks back over
@@ -18,7 +19,8 @@ FINAL = 0.1  # share of the updates that count as the end
 @dataclass(frozen=True, kw_only=True)
 class PointFigures:
     """updates: done. reward: smoothed over the last ten updates, by seconds since the first update began.
-    reward_final: mean over the last tenth of the updates. tokens_per_s: prompts and responses, trained."""
+    reward_final: mean over the last tenth of the updates. tokens_per_s: prompts and responses, trained. idle: share of
+    the time, by stage, of those that are known."""
 
     updates: int
     reward: Series
@@ -27,8 +29,7 @@ class PointFigures:
     accuracy_after: float | None
     training_s: float | None
     tokens_per_s: float | None
-    idle_rollout: float | None
-    idle_train: float | None
+    idle: Mapping[str, float]
     mean_staleness: float | None
     max_staleness: int | None
 
@@ -43,7 +44,6 @@ class PointFigures:
         training_s = float(reward.t[-1] - began) if len(reward) else None
         last = reward.value[-max(1, round(len(reward) * FINAL)) :]
         tokens = float((throughput.value * step_s.value).sum()) if len(throughput) == len(step_s) else 0.0
-        log = run / "events.jsonl"
         summary = record.summary
         return cls(
             updates=int(reward.step[-1]) if len(reward) else 0,
@@ -53,8 +53,7 @@ class PointFigures:
             accuracy_after=summary.get("accuracy_after"),
             training_s=training_s,
             tokens_per_s=tokens / training_s if training_s and tokens else None,
-            idle_rollout=rollout_idle_share(read_events(log)) if log.is_file() else None,
-            idle_train=train_idle_share(record),
+            idle=_idle(run, record, began),
             mean_staleness=summary.get("mean_staleness"),
             max_staleness=summary.get("max_staleness"),
         )
@@ -63,6 +62,15 @@ class PointFigures:
         """Until the smoothed reward first reached it."""
         reached = np.flatnonzero(self.reward.value >= reward)
         return float(self.reward.t[reached[0]]) if len(reached) else None
+
+
+def _idle(run: Path, record: RunRecord, began: float) -> dict[str, float]:
+    log = run / "events.jsonl"
+    shares = {
+        "rollout": rollout_idle_share(read_events(log)) if log.is_file() else None,
+        "train": train_idle_share(record),
+    }
+    return {stage: share for stage, share in shares.items() if share is not None} | mapped_idle_shares(record, began)
 
 
 def trailing_mean(values: np.ndarray) -> np.ndarray:

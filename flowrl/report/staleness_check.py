@@ -101,9 +101,7 @@ class _Log:
             self.drops[event.reason or "no reason"] += 1
 
     def resume(self, life: int, version: int) -> None:
-        """Another life goes on from `version`: updates from there on have not been. Every node says so once."""
-        if life == self.life:
-            return
+        """Another life goes on from `version`: updates from there on have not been."""
         self.life = life
         self.undone += sum(update >= version for updates in self.trained.values() for update in updates)
         self.trained = _before(version, self.trained)

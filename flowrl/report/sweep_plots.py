@@ -103,7 +103,7 @@ def _idle(axes: Axes, table: SweepTable, axis: str) -> bool:
     rows = table.compared()
     drawn = [
         _line(axes, table, axis, rows, _percent(table.measures[f"idle_{stage}"]), COLOURS[index], stage)
-        for index, stage in enumerate(("rollout", "train"))
+        for index, stage in enumerate(table.stages[: len(COLOURS)])
     ]
     axes.set_ylim(bottom=0)
     return _finish(axes, table, axis, any(drawn), has_legend=True)

@@ -14,13 +14,11 @@ from flowrl.report.sweep_plots import choose_axis, draw_sweep
 from flowrl.report.sweep_table import PointRow, SweepTable, is_seed, ordered, read_sweep, spread, write_csv, written
 
 WIDTH = 160  # of the table, where it does not go to a terminal
-SHOWN = ("accuracy_after", "reward_final", "seconds_to_reward", "tokens_per_s", "idle_rollout", "idle_train")
+SHOWN = ("accuracy_after", "reward_final", "seconds_to_reward", "tokens_per_s")
 HEADINGS = {
     "accuracy_after": "accuracy",
     "reward_final": "reward",
     "tokens_per_s": "tokens/s",
-    "idle_rollout": "rollout idle",
-    "idle_train": "train idle",
 }
 
 
@@ -55,8 +53,14 @@ def print_sweep_report(path: Path, axis: str | None, reward: float | None) -> bo
 def summary(table: SweepTable, axis: str) -> tuple[list[str], list[list[str]]]:
     """A row for each place on the axis and each setting of what else varies, seeds together: mean ± deviation."""
     fields = [axis, *(field for field in table.fields if field != axis and not is_seed(field))]
-    measures = {name: table.measures[name] for name in SHOWN if name in table.measures}
-    headings = {**HEADINGS, "seconds_to_reward": f"s to reward {table.reward:.3g}" if table.reward is not None else ""}
+    shown = (*SHOWN, *(f"idle_{stage}" for stage in table.stages))
+    measures = {name: table.measures[name] for name in shown if name in table.measures}
+    idle = {f"idle_{stage}": f"{stage} idle" for stage in table.stages}
+    headings = {
+        **HEADINGS,
+        **idle,
+        "seconds_to_reward": f"s to reward {table.reward:.3g}" if table.reward is not None else "",
+    }
     header = [*fields, "points", *(headings[name] for name in measures)]
     rows = []
     for settings in _settings(table, fields):

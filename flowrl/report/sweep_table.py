@@ -6,6 +6,7 @@ import csv
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +42,6 @@ MEASURES: dict[str, Measure] = {
     "reward_final": lambda figures: figures.reward_final,
     "training_s": lambda figures: figures.training_s,
     "tokens_per_s": lambda figures: figures.tokens_per_s,
-    "idle_rollout": lambda figures: figures.idle_rollout,
-    "idle_train": lambda figures: figures.idle_train,
     "mean_staleness": lambda figures: figures.mean_staleness,
     "max_staleness": lambda figures: figures.max_staleness,
 }
@@ -58,11 +57,18 @@ class SweepTable:
     reward: float | None
 
     @property
+    def stages(self) -> list[str]:
+        """Whose idle share is known of any point: rollout and train first."""
+        found = dict.fromkeys(stage for row in self.rows if row.figures is not None for stage in row.figures.idle)
+        return sorted(found, key=lambda stage: (stage not in ("rollout", "train"), stage))
+
+    @property
     def measures(self) -> dict[str, Measure]:
+        idle = {f"idle_{stage}": partial(_idle_of, stage) for stage in self.stages}
         reward = self.reward
         if reward is None:
-            return MEASURES
-        return {**MEASURES, "seconds_to_reward": lambda figures: figures.seconds_to(reward)}
+            return {**MEASURES, **idle}
+        return {**MEASURES, "seconds_to_reward": lambda figures: figures.seconds_to(reward), **idle}
 
     def compared(self) -> list[PointRow]:
         """The points that ran to their end: what others left would be compared with more than it is."""
@@ -140,6 +146,10 @@ def written(value: float | None, digits: int = 4) -> str:
     if value is None or math.isnan(value):
         return ""
     return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
+def _idle_of(stage: str, figures: PointFigures) -> float | None:
+    return figures.idle.get(stage)
 
 
 def _cell(value: float | None) -> str:

@@ -24,7 +24,6 @@ def make_engine(recipe: Recipe, context: WorkerContext, longest_prompt: int) -> 
             log_path=context.run_dir / "logs" / f"{context.name}.sglang.log",
             servers=rollout.servers,
             urls=rollout.urls,
-            is_spread=rollout.spread_groups,
         )
     return _embedded(recipe, context, rollout.concurrency * (rollout.group_size + rollout.redundancy), longest_prompt)
 

@@ -20,9 +20,10 @@ _TOKENS_PER_CHARACTER = 4  # of a byte-level vocabulary
 def load_decode(path: Path) -> Decode:
     """From tokens to text, by the tokenizer in the Hugging Face directory `path`. ValueError if it has none."""
     if not any((path / name).exists() for name in _TOKENIZER_FILES):  # transformers would make one of its own
-        raise ValueError(f"stop_strings: {path} has no tokenizer to read responses with ({', '.join(_TOKENIZER_FILES)})")
+        names = ", ".join(_TOKENIZER_FILES)
+        raise ValueError(f"stop_strings: {path} has no tokenizer to read responses with, none of {names}")
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    return lambda tokens: tokenizer.decode(list(tokens), skip_special_tokens=False)
+    return lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=False))
 
 
 def ends_in_stop(tokens: Sequence[int], stops: Sequence[str], decode: Decode) -> bool:

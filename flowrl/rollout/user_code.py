@@ -99,6 +99,7 @@ class UserCode:
             except (CallFailed, CallTimedOut) as error:
                 raise type(error)(f"{label}: {error}") from error.__cause__
         waited.cancel()
+        future.add_done_callback(_close_coroutine)
         if not future.done():
             self._given_up.append(future)
         if self.num_given_up > MOST_GIVEN_UP:
@@ -158,6 +159,12 @@ def _carry_out(work: Callable[[], Any], future: Future[Any]) -> None:
         future.set_exception(outcome)
     else:
         future.set_result(result)
+
+
+def _close_coroutine(future: Future[Any]) -> None:
+    """What a call gave too late is not awaited any more."""
+    if not future.cancelled() and future.exception() is None and inspect.iscoroutine(future.result()):
+        future.result().close()
 
 
 class LoopThread:

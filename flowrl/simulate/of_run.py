@@ -33,10 +33,10 @@ def setting_of_recipe(recipe: Recipe, num_nodes: int = 1) -> Setting:
 def measured_times(run: Path, batch_rows: int) -> dict[str, object]:
     """Fields of `Setting` from a run's records: response times from its events; the trainer's from its metrics, medians
     over its updates. Raises ValueError for a run with too little to measure."""
-    seconds = list(_response_seconds(run))
+    record = RunRecord.read(run)
+    seconds = list(_response_seconds(run)) if (run / "events.jsonl").is_file() else []
     if len(seconds) < LEAST_RESPONSES:
         raise ValueError(f"run: {str(run)!r} has {len(seconds)} responses in its events; at least {LEAST_RESPONSES}")
-    record = RunRecord.read(run)
     busy, publishing = (record.series(f"timing_s/{name}").value for name in ("update_actor", "update_weights"))
     if not len(busy):
         raise ValueError(f"run: {str(run)!r} has no update in its metrics; at least one must have ended")

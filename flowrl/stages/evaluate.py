@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,32 +51,32 @@ class Evaluation:
             max_tokens=recipe.rollout.max_tokens,
             temperature=recipe.eval.temperature,
             stop_token_ids=self.episodes.encoder.stop_token_ids,
+            stop_strings=tuple(recipe.rollout.stop_strings),
         )
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
         news = asyncio.Event()
-        last: dict[str, Any] = {}
+        newest: dict[str, int] = {"trained": -1, "evaluated": -1}
 
-        def wake(payload: dict[str, Any], is_last: bool) -> None:
-            if is_last:
-                last.update(payload)
+        def wake(topic: str, payload: dict[str, Any]) -> None:
+            newest[topic] = int(payload["version"])
             news.set()
 
-        self.context.on("published", lambda payload: loop.call_soon_threadsafe(wake, payload, False))
-        self.context.on("trained", lambda payload: loop.call_soon_threadsafe(wake, payload, True))
+        # What this process's predecessor has evaluated counts too: it may have died before it said that all was done.
+        for topic in ("published", "trained", "evaluated"):
+            heard = partial(wake, topic)
+            self.context.on(topic, partial(loop.call_soon_threadsafe, heard))
         stopped = asyncio.ensure_future(loop.run_in_executor(None, self.context.stopping.wait))
         stopped.add_done_callback(lambda _: news.set())
         store = WeightStore(weights_root(self.recipe, self.context.session_dir), self.recipe.weights.buffers)
         self.context.ready()
-        evaluated = -1
         while not self.context.stopping.is_set():
             for version, path in store.pinned(EVALUATION_PIN):
                 await self._evaluate(version, path)
                 store.unpin(version, EVALUATION_PIN)
-                evaluated = version
-            if last and evaluated >= int(last["version"]):
-                self.context.announce(FINISHED_TOPIC, {"version": evaluated})
+            if 0 <= newest["trained"] <= newest["evaluated"]:
+                self.context.announce(FINISHED_TOPIC, {"version": newest["evaluated"]})
             with self.context.waiting_for("a version to evaluate"):
                 await news.wait()
             news.clear()

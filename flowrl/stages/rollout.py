@@ -20,7 +20,7 @@ import numpy as np
 
 from controllers.context import WorkerContext
 from flowrl.config import Recipe, load
-from flowrl.config.recipe import hands_over_batches, is_strict
+from flowrl.config.recipe import hands_over_batches, is_strict, needs_segments
 from flowrl.data.datasets import load_splits
 from flowrl.data.order import prompt_at
 from flowrl.data.prompts import PromptEncoder
@@ -31,6 +31,8 @@ from flowrl.rollout.episodes import Failure, Trajectory
 from flowrl.rollout.episodes.runner import EpisodeRunner
 from flowrl.rollout.scheduling.groups import first_to_end
 from flowrl.rollout.shares import Shares
+from flowrl.weights.check import check_first_sync
+from flowrl.weights.store import reading
 from transfer_queue.client import AsyncQueueClient
 from transfer_queue.rows import Column, RowKey
 from transfer_queue.wire import Reservation
@@ -101,8 +103,7 @@ class RolloutStage:
         published: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.context.on("published", lambda news: loop.call_soon_threadsafe(published.put_nowait, news))
         with self.context.waiting_for("the first weights"):
-            first = await published.get()
-        await self.engine.start(Path(first["path"]), first["version"])
+            await self._start_engine(published)
         queue = AsyncQueueClient(self.context.queue_endpoints, secret=self.context.queue_secret)
         try:
             await self._announce(queue)
@@ -226,9 +227,28 @@ class RolloutStage:
                 news = published.get_nowait()
             if news["version"] <= self.engine.version:
                 continue
-            async with self.takes_weights:
-                await self.engine.load_weights(Path(news["path"]), news["version"], mode)
+            path, version = Path(news["path"]), news["version"]
+            try:
+                with reading(path):
+                    async with self.takes_weights:
+                        await self.engine.load_weights(path, version, mode)
+            except FileNotFoundError:
+                continue  # its turn has ended: a newer one has been announced
             await self._announce(queue)
+
+    async def _start_engine(self, published: asyncio.Queue[dict[str, Any]]) -> None:
+        """On the first version that is still there, which is held while the engine reads it."""
+        while self.engine.version < 0:
+            news = await published.get()
+            path, version = Path(news["path"]), news["version"]
+            try:
+                with reading(path):
+                    await self.engine.start(path, version)
+                    if self.recipe.weights.check_first_sync:
+                        scratch = self.context.session_dir / f"check-{self.context.name}"
+                        await check_first_sync(self.engine, path, version, scratch)
+            except FileNotFoundError:
+                continue
 
     async def _announce(self, queue: AsyncQueueClient) -> None:
         await queue.announce(self.context.name, self.engine.version)
@@ -238,7 +258,8 @@ class RolloutStage:
     @property
     def row_bytes(self) -> int:
         """The most that a row's columns take."""
-        return BYTES_PER_RESPONSE_TOKEN * self.recipe.rollout.max_tokens + 4 * self.prompts.longest + 32
+        per_token = BYTES_PER_RESPONSE_TOKEN + (4 if needs_segments(self.recipe) else 0)
+        return per_token * self.recipe.rollout.max_tokens + 4 * self.prompts.longest + 32
 
 
 def sample_seed(run_seed: int, key: RowKey) -> int:

@@ -1,7 +1,7 @@
 """Which log-probs of which rows the proximal stage owes, and when a row has all it can get. Pure: no model, no queue.
 
-A token sampled at version v is owed its log-prob under v + 1. One that will be one update old when it trains is not: the
-trainer computes that number itself, for it starts from v + 1.
+A token sampled at version v is owed its log-prob under v + 1. One that will be one update old when it trains is not:
+the trainer computes that number itself, for it starts from v + 1.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Its advantages would be zero, and its tokens would only fill the update (dynamic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,7 @@ class TiedGroups:
             )
 
 
-def tied_groups(keys: tuple[RowKey, ...], rewards: np.ndarray) -> list[list[RowKey]]:
+def tied_groups(keys: Sequence[RowKey], rewards: np.ndarray) -> list[list[RowKey]]:
     """The keys of each group whose rewards are all equal."""
     members: dict[tuple[str, int, int], list[int]] = {}
     for row, key in enumerate(keys):

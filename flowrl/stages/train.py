@@ -101,13 +101,14 @@ class TrainStage:
         )
         if recipe.weights.check_first_sync:
             self.publisher.check_names()
+        self.checkpoints = checkpoint.CheckpointWriter(
+            context.run_dir / "checkpoints", world, keep=recipe.run.checkpoints_kept
+        )
         self.events: EventLog | None = None
         self.record: RecordWriter | None = None
         self.first_version = 0
         self.started = 0.0
-        self.metrics = BatchMetrics(
-            recipe.rollout.group_size, has_advantage=not recipe.algorithm.estimates_in_trainer
-        )
+        self.metrics = BatchMetrics(recipe.rollout.group_size, has_advantage=not recipe.algorithm.estimates_in_trainer)
 
     def run(self) -> None:
         self.context.ready()
@@ -119,7 +120,7 @@ class TrainStage:
             WeightStore(root, self.recipe.weights.buffers).discard_newer_than(trainer.step - 1)
         queue = QueueClient(self.context.queue_endpoints, secret=self.context.queue_secret)
         events = self.context.event_log()
-        with queue, events, closing(self.publisher), self.recording(trainer):
+        with queue, events, closing(self.publisher), self.recording(trainer), self.checkpoints:
             self.publish(trainer.step, events)
             try:
                 for update in range(trainer.step, self.recipe.train.steps):
@@ -128,6 +129,7 @@ class TrainStage:
             except Stopped:
                 self.context.log("stopped before the last update")
                 return
+            self.checkpoints.wait()
             self.finish(time.monotonic() - self.started)
 
     def begin(self) -> PolicyTrainer:
@@ -144,7 +146,7 @@ class TrainStage:
             warm_start(self.context, recipe, self.policy, self.publisher, self.world)
             self.publisher.export(run_dir / "warm_start", writes=self.context.rank == 0)
         trainer = self.make_trainer(run_dir)
-        if recipe.run.record:
+        if recipe.run.record and (recipe.warm_start is not None or recipe.algorithm.has_critic):
             checkpoint.save(run_dir / RECORD_DIR, trainer, self.world, extra={}, keep=1)
         self.started = time.monotonic()
         return trainer
@@ -270,21 +272,13 @@ class TrainStage:
     def save(self, step: int, trainer: PolicyTrainer, queue: QueueClient, events: EventLog) -> None:
         every = self.recipe.run.checkpoint_every
         if step == self.recipe.train.steps or (every and step % every == 0):
-            directory = self.context.run_dir / "checkpoints"
             extra = {
                 "staleness": self.metrics.state(),
                 "rl_s": time.monotonic() - self.started,
                 "kl_coef": trainer.objective.kl_coef.value,
             }
             events.flush()  # the log tells of all that a checkpoint covers
-            checkpoint.save(
-                directory,
-                trainer,
-                self.world,
-                extra=extra,
-                keep=self.recipe.run.checkpoints_kept,
-                beside=partial(save_cursors, queue),
-            )
+            self.checkpoints.save(trainer, extra=extra, beside=partial(save_cursors, queue))
 
     def finish(self, rl_s: float) -> None:
         """Leaves the trained model as a Hugging Face directory, and says that training is over."""

@@ -135,6 +135,15 @@ class SweepDirectory:
                 target.parent.mkdir(exist_ok=True)
                 left.rename(target)
 
+    def set_part_aside(self, name: str, node: int) -> None:
+        """As `set_aside`, on a node whose disk is its own. On a shared one node 0 has made room already, and what is
+        there now is the new run, in which this node has no part yet."""
+        run = self.runs / name
+        if (run / f"recipe.node{node}.yaml").exists():
+            target = _free(self.path / "abandoned" / name)
+            target.parent.mkdir(exist_ok=True)
+            run.rename(target)
+
     def _outcome_path(self, point: Point) -> Path:
         return self.path / "outcomes" / f"{point.name}.json"
 

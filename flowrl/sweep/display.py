@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from flowrl.sweep.axes import Point
 from flowrl.sweep.directory import Outcome, State
@@ -75,25 +75,25 @@ class SweepDisplay:
     def __rich__(self) -> Table:
         table = Table(title=f"{self._ended} of {len(self._points)} points done", title_justify="left")
         for field in self._fields or ["point"]:
-            table.add_column(escape(field), overflow="fold")
+            table.add_column(Text(field), overflow="fold")
         for name in ("state", "update", "reward", "accuracy", "seconds"):
             table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
         for point in self._points:
             table.add_row(*self._row(point))
         return table
 
-    def _row(self, point: Point) -> list[str]:
+    def _row(self, point: Point) -> list[Text]:
         state, watch, outcome = self._cells.get(point.name, ("waiting", None, None))
         values = dict(point.settings)
         colour = STYLE.get(outcome.state, "") if outcome is not None else ""
-        return [
-            *([escape(values.get(field, "")) for field in self._fields] or [point.name]),
-            f"[{colour}]{state}[/]" if colour else state,
+        values_shown = [values.get(field, "") for field in self._fields] or [point.name]
+        figures = [
             str(watch.step) if watch is not None else "",
             f"{watch.reward:.3f}" if watch is not None and watch.reward is not None else "",
             f"{watch.accuracy:.1%}" if watch is not None and watch.accuracy is not None else "",
             f"{outcome.wall_s:.0f}" if outcome is not None else "",
         ]
+        return [*map(Text, values_shown), Text(state, style=colour), *map(Text, figures)]
 
     def _say(self, text: str) -> None:
         self._said_at = time.monotonic()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import socket
 import time
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -17,6 +16,7 @@ import msgspec
 from controllers.peers import TorchPeers
 from controllers.reaper import Reaper
 from controllers.topology import Topology
+from flowrl.sweep.directory import SweepDirectory
 from flowrl.sweep.process import PointProcess
 
 START_S = 120.0
@@ -25,9 +25,10 @@ POLL_S = 0.3
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
-    """arguments: of `flowrl run`. port: where this point's controllers meet."""
+    """name: of the point. arguments: of `flowrl run`. port: where this point's controllers meet."""
 
     number: int
+    name: str
     arguments: list[str]
     port: int
 
@@ -49,7 +50,7 @@ _encode = msgspec.msgpack.encode
 class Nodes(Protocol):
     """What the sweep tells the nodes besides this one."""
 
-    def start(self, number: int, arguments: list[str]) -> dict[str, str]:
+    def start(self, number: int, name: str, arguments: list[str]) -> dict[str, str]:
         """The environment for this node's own part of the point."""
         ...
 
@@ -65,7 +66,7 @@ class Nodes(Protocol):
 
 
 class OneNode:
-    def start(self, number: int, arguments: list[str]) -> dict[str, str]:
+    def start(self, number: int, name: str, arguments: list[str]) -> dict[str, str]:
         return {}
 
     def end(self) -> None:
@@ -92,9 +93,9 @@ class Leader:
         self._peers.register("sweep/ended", self._hear_end)
         self._peers.start()
 
-    def start(self, number: int, arguments: list[str]) -> dict[str, str]:
+    def start(self, number: int, name: str, arguments: list[str]) -> dict[str, str]:
         port = free_port()
-        self._peers.broadcast("sweep/word", _encode(Start(number, arguments, port)))
+        self._peers.broadcast("sweep/word", _encode(Start(number, name, arguments, port)))
         return point_environment(self._topology, number, port)
 
     def end(self) -> None:
@@ -118,7 +119,7 @@ class Leader:
         self._lost.append(f"node {node} is lost: {reason}")
 
 
-def follow(topology: Topology, interface: str, logs: Path, reaper: Reaper) -> int:
+def follow(topology: Topology, interface: str, directory: SweepDirectory, reaper: Reaper) -> int:
     """Every other node's end: until node 0 says that the sweep is over, or is lost (exit code 1)."""
     words: SimpleQueue[Start | End | Over] = SimpleQueue()
 
@@ -135,8 +136,9 @@ def follow(topology: Topology, interface: str, logs: Path, reaper: Reaper) -> in
     peers.start()
     while not isinstance(word := words.get(), Over):
         if isinstance(word, Start):
+            directory.set_part_aside(word.name, topology.node)
             environment = point_environment(topology, word.number, word.port)
-            log = logs / f"{word.number}.node{topology.node}.log"
+            log = directory.path / "logs" / f"{word.name}.node{topology.node}.log"
             process = PointProcess(word.arguments, log, reaper, environment)
             over = _wait(process, words)
             peers.post(0, "sweep/ended", str(word.number).encode())

@@ -53,6 +53,11 @@ class PointProcess:
             self._kill_at = time.monotonic() + GRACE_S
             self._popen.send_signal(signal.SIGTERM)
 
+    def kill(self) -> None:
+        """Now, with all of its group; waits until it is gone."""
+        os.killpg(self._popen.pid, signal.SIGKILL)
+        self._popen.wait()
+
     def poll(self) -> int | None:
         """The exit code once it has ended; nothing of its group is left then."""
         if self._popen.poll() is None:

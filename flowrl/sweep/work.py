@@ -60,22 +60,25 @@ class Work:
 
     def run(self, points: Sequence[Point], stopping: Event) -> None:
         """Returns when every point has an outcome, or, once `stopping` is set, when those that run have ended: they get
-        none, and the next time they are done anew. Raises RuntimeError if a node was lost."""
+        none, and the next time they are done anew. So it is when a node was lost."""
         waiting = [point for point in points if not self._recall(point)]
         scratch = self._directory.path / ".running"
         reaper = Reaper(scratch)
         try:
-            while (waiting and not stopping.is_set()) or self._running:
-                while waiting and len(self._running) < self._terms.jobs and not stopping.is_set():
+            while (waiting and not self._is_stopping(stopping)) or self._running:
+                while waiting and len(self._running) < self._terms.jobs and not self._is_stopping(stopping):
                     self._start(waiting.pop(0), reaper)
-                stopping.wait(TURN_S) if not stopping.is_set() else time.sleep(TURN_S)
+                time.sleep(TURN_S)
                 for running in list(self._running):
-                    self._look_after(running, is_stopping=stopping.is_set())
+                    self._look_after(running, is_stopping=self._is_stopping(stopping))
                 self._display.refresh()
         finally:
+            for running in self._running:  # none, unless the loop above has failed
+                running.process.kill()
             reaper.close()
-        if self._nodes.lost():
-            raise RuntimeError(self._nodes.lost())
+
+    def _is_stopping(self, stopping: Event) -> bool:
+        return stopping.is_set() or bool(self._nodes.lost())
 
     def arguments(self, point: Point) -> list[str]:
         """Of `flowrl run`."""
@@ -102,7 +105,7 @@ class Work:
         self._directory.set_aside(point)
         self._started += 1
         arguments = self.arguments(point)
-        environment = self._nodes.start(self._started, arguments)
+        environment = self._nodes.start(self._started, point.name, arguments)
         process = PointProcess(arguments, self._directory.log_of(point), reaper, environment)
         watch = Watch(self._directory.run_of(point) / "metrics.jsonl", self._terms.metric)
         self._running.append(_Running(point, self._started, process, watch))
@@ -116,14 +119,15 @@ class Work:
             self._conclude(running)
         elif running.code is None and not running.process.is_ending:
             timeout_s = self._terms.timeout_s
-            if is_stopping or self._nodes.lost():
+            if is_stopping:
                 self._end(running, None)
             elif timeout_s is not None and running.process.wall_s > timeout_s:
                 self._end(running, State.TIMED_OUT)
             elif self._halving is not None and self._halving.is_given_up(running.point, reports):
                 self._end(running, State.PRUNED)
-        elif self._nodes.lost():
+        elif running.code is not None and self._nodes.lost():
             self._running.remove(running)
+            self._display.interrupted(running.point)
         elif running.code is not None and time.monotonic() > running.ended_at + GRACE_S:
             self._nodes.end()  # a part of a run that has ended elsewhere has had its time
 

@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from flowrl.trainer.update import PolicyTrainer
 from flowrl.trainer.world import World
 
 STATE_FILE = "state.json"
+GRACE_S = 30.0
 STEP_NAME = re.compile(r"step_(\d+)")
 
 
@@ -45,9 +47,7 @@ def save(
     moment.
     """
     path = directory / f"step_{trainer.step}"
-    staging = _begin(path, trainer, world, extra, keep)
-    if world.rank == 0:
-        beside(staging)
+    staging = _begin(path, trainer, world, extra, keep, beside)
     dcp.save(_tensors(trainer), checkpoint_id=staging)
     if world.rank == 0:
         _commit(staging, path, keep)
@@ -58,7 +58,8 @@ def save(
 class CheckpointWriter:
     """Saves while training goes on: `save` returns once everything is copied on the host, a thread writes it.
 
-    Every rank makes one; the thread's collectives have a group of their own, so that they never meet those of training.
+    Every rank makes one, and leaves it as a context: with an error, it gives what is being written `GRACE_S` seconds.
+    The thread's collectives have a group of their own, so that they never meet those of training.
     """
 
     def __init__(self, directory: Path, world: World, *, keep: int) -> None:
@@ -68,11 +69,28 @@ class CheckpointWriter:
         self._group = dist.new_group(backend="gloo")
         self._writing: tuple[Path, Future[Path]] | None = None
 
-    def save(self, trainer: PolicyTrainer, *, extra: Mapping[str, Any]) -> None:
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.wait()
+            return
+        # What went wrong is more to the point than what becomes of this.
+        with suppress(Exception):
+            self.wait(GRACE_S)
+
+    def save(
+        self,
+        trainer: PolicyTrainer,
+        *,
+        extra: Mapping[str, Any],
+        beside: Callable[[Path], object] = lambda staging: None,
+    ) -> None:
         """On every rank, between updates; as `save` of this module. Waits for the one before it."""
         self.wait()
         path = self._directory / f"step_{trainer.step}"
-        staging = _begin(path, trainer, self._world, extra, self._keep)
+        staging = _begin(path, trainer, self._world, extra, self._keep, beside)
         written = dcp.async_save(_tensors(trainer), checkpoint_id=staging, process_group=self._group)
         assert isinstance(written, Future)
         whole: Future[Path] = Future()
@@ -144,7 +162,14 @@ def saved_steps(directory: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def _begin(path: Path, trainer: PolicyTrainer, world: World, extra: Mapping[str, Any], keep: int) -> Path:
+def _begin(
+    path: Path,
+    trainer: PolicyTrainer,
+    world: World,
+    extra: Mapping[str, Any],
+    keep: int,
+    beside: Callable[[Path], object],
+) -> Path:
     """Makes the directory to write into."""
     if keep < 1:
         raise ValueError(f"keep: {keep}; must be at least 1")
@@ -160,6 +185,7 @@ def _begin(path: Path, trainer: PolicyTrainer, world: World, extra: Mapping[str,
             "extra": dict(extra),
         }
         (staging / STATE_FILE).write_text(json.dumps(state))
+        beside(staging)
     dist.barrier()
     return staging
 

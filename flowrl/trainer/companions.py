@@ -45,5 +45,7 @@ def starting_model(field: str, path: str | None, recipe: Recipe, warm_start: Pat
         return Path(recipe.model.path)
     dist.barrier()  # one rank writes it
     if not warm_start.is_dir():
-        raise ValueError(f"{field}: null; the model of the warm start, {warm_start}, is not on this machine: name a path")
+        raise ValueError(
+            f"{field}: null; the model of the warm start, {warm_start}, is not on this machine: name a path"
+        )
     return warm_start

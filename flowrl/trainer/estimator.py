@@ -5,6 +5,7 @@ Used by the advantage stage, and by the trainer where advantages need what only 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +49,7 @@ def _function(algorithm: AlgorithmConfig) -> tuple[Callable[..., Any], tuple[str
     if algorithm.advantage == "lite_ppo":
         return lambda score_B, group_B, **_: advantages.centred(score_B, group_B), ("score_B", "group_B")
     if algorithm.advantage == "reinforce_plus_plus_baseline":
-        return lambda *scores_B: advantages.grpo(*scores_B, divide_by_std=False), ("score_B", "group_B")
+        return functools.partial(advantages.grpo, divide_by_std=False), ("score_B", "group_B")
     return registry.ADVANTAGES[algorithm.advantage], ADVANTAGES[algorithm.advantage].inputs
 
 

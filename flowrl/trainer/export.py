@@ -1,4 +1,4 @@
-"""From a run's checkpoint to a Hugging Face directory that depends on nothing else. One process, whatever the run had."""
+"""From a run's checkpoint to a Hugging Face directory that depends on nothing else. In one process."""
 
 from __future__ import annotations
 

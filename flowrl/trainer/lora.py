@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from flowrl.config import LoRAConfig
+from flowrl.trainer.sharding import decoder_layers
 
 ADAPTER = "default"
 
@@ -24,12 +25,12 @@ def add_adapters(lm: PreTrainedModel, lora: LoRAConfig) -> None:
     """Before sharding: freezes the model and adds adapters, which start as no change. Their values come from torch's
     seed, so ranks must share it.
 
-    Raises ValueError if no module has the name of a target.
+    Raises ValueError for a target that no linear module of a decoder layer is called.
     """
     settings = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
-        target_modules="all-linear" if lora.targets is None else list(lora.targets),
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides it by r, and does no more
+        target_modules=_targets(lm, lora.targets),
         # Without dropout: the policy that trains must be the one that samples.
         lora_dropout=0.0,
         # How GPT-2 stores its matrices.
@@ -37,10 +38,23 @@ def add_adapters(lm: PreTrainedModel, lora: LoRAConfig) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(lora.seed)
-        try:
-            inject_adapter_in_model(settings, lm, adapter_name=ADAPTER)
-        except ValueError as error:
-            raise ValueError(f"model.lora.targets: {lora.targets}; {error}") from error
+        inject_adapter_in_model(settings, lm, adapter_name=ADAPTER)
+
+
+def _targets(lm: PreTrainedModel, wanted: list[str] | None) -> list[str]:
+    """Full names of linear modules in decoder layers. Chosen here, because what peft makes of fused experts could not
+    be published under the names of the checkpoint."""
+    layers = decoder_layers(lm.base_model)
+    inside = {id(module) for module in layers.modules()}
+    linear = [
+        name for name, module in lm.named_modules() if id(module) in inside and isinstance(module, nn.Linear | Conv1D)
+    ]
+    found = [name for name in linear if wanted is None or name.rpartition(".")[2] in wanted]
+    missing = set(wanted or ()) - {name.rpartition(".")[2] for name in found}
+    if missing or not found:
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        raise ValueError(f"model.lora.targets: {sorted(missing)}; linear modules of this model's layers are {known}")
+    return found
 
 
 class MergedModel(nn.Module):
@@ -49,8 +63,11 @@ class MergedModel(nn.Module):
 
     def __init__(self, lm: nn.Module) -> None:
         super().__init__()
-        self._layers = {name: module for name, module in lm.named_modules() if isinstance(module, LoraLayer)}
-        self._merged = {
+        # Each adapted layer, under the name of what it replaced, is a module of peft's with a delta weight.
+        self._layers: dict[str, Any] = {
+            name: module for name, module in lm.named_modules() if isinstance(module, LoraLayer)
+        }
+        self._merged: dict[str, torch.Tensor] = {
             f"{name}.weight": layer.get_base_layer().weight.detach().clone() for name, layer in self._layers.items()
         }
         self._tensors = {
@@ -67,6 +84,6 @@ class MergedModel(nn.Module):
             base = layer.get_base_layer().weight
             self._merged[f"{name}.weight"].copy_(base + layer.get_delta_weight(ADAPTER))
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Live tensors, whatever is asked for."""
         return dict(self._tensors)

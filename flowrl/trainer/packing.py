@@ -115,6 +115,13 @@ def _whole(values: np.ndarray, length: int) -> np.ndarray:
     return values if len(values) else np.full(length, np.nan, np.float32)
 
 
+def _per_token(sample: Sample, name: str) -> np.ndarray:
+    """The optional one is NaN where no row of a batch came with it."""
+    if name == "segment" and name not in sample.per_token:
+        return np.full(len(sample.response_tokens), np.nan, np.float32)
+    return sample.per_token[name]
+
+
 def split_by_tokens(length_B: Sequence[int], budget: int) -> list[list[int]]:
     """Row indices of each micro-batch: longest rows first, neighbours alike in length, at most `budget` tokens each.
 
@@ -193,6 +200,6 @@ def pack_samples(samples: Sequence[Sample], device: torch.device, columns: Seque
         packed=packed,
         rollout_logprob_R=trained_values([sample.rollout_logprobs for sample in samples]),
         advantage_BT=advantage_BT,
-        columns_R={name: trained_values([sample.per_token[name] for sample in samples]) for name in columns},
+        columns_R={name: trained_values([_per_token(sample, name) for sample in samples]) for name in columns},
         keys=tuple(sample.key for sample in samples),
     )

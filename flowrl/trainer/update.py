@@ -57,7 +57,7 @@ class NonFiniteUpdate(RuntimeError):
         self.rows = tuple(rows)
         named = ", ".join(f"{key.partition}/{key.group}/{key.index}.{key.attempt}" for key in rows)
         where = f"the loss is not finite in rows {named}" if rows else f"it is finite in all {num_rows} rows here"
-        super().__init__(f"update {step}: loss {loss}, gradient norm {grad_norm}; parameters unchanged; {where}")
+        super().__init__(f"update {step}: loss {loss}, gradient norm {grad_norm}; step not taken; {where}")
 
 
 class PolicyTrainer:
@@ -308,7 +308,7 @@ class PolicyTrainer:
             return
         found["actor/kl_coef"] = self.objective.kl_coef.value
         mean = found["actor/kl" if self._algorithm.kl.place == "loss" else "actor/reward_kl"]
-        self.objective.kl_coef.update(mean, int(found["training/num_rows"]))
+        self.objective.kl_coef.update(mean, int(found["training/num_rows"]) // self._train.epochs)
 
     def _failure(self, loss: float, grad_norm: float) -> NonFiniteUpdate:
         self.optimizer.drop_gradients()

@@ -56,9 +56,8 @@ class Holdings(msgspec.Struct, frozen=True):
         end = 0
         for begin, after in sorted(piece for ranges in self.ranges.values() for piece in ranges):
             if begin != end:
-                raise ValueError(
-                    f"weights: byte {min(begin, end)} of a version is held by {0 if begin > end else 2} nodes"
-                )
+                number = "no node" if begin > end else "two nodes"
+                raise ValueError(f"weights: byte {min(begin, end)} of a version is held by {number}")
             end = after
         if end != self.num_bytes:
             raise ValueError(f"weights: nodes hold {end} bytes of a version that has {self.num_bytes}")

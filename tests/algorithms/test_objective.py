@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -209,3 +210,15 @@ def test_every_preset_makes_an_objective() -> None:
         assert configured(name).name == name
         losses, _, _, _ = found(make_samples(), name, has_old=configured(name).old == "recomputed")
         assert np.isfinite(losses).all()
+
+
+def test_a_segment_that_no_row_came_with_is_absent() -> None:
+    samples = make_samples()
+    bare = [
+        dataclasses.replace(
+            sample, per_token={name: row for name, row in sample.per_token.items() if name != "segment"}
+        )
+        for sample in samples
+    ]
+    _, _, metrics, _ = found(bare, "segment_ppo", has_old=True)
+    assert float(metrics["actor/segment_absent"]) == pytest.approx((column(samples, "version") < VERSION - 1).mean())

@@ -27,7 +27,7 @@ def flowrl(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.
 def test_help_names_the_commands() -> None:
     done = flowrl("--help")
     assert done.returncode == 0
-    for command in ("run", "graph", "report", "init-model"):
+    for command in ("run", "sweep", "graph", "report", "doctor", "init-model"):
         assert command in done.stdout
 
 

@@ -72,7 +72,7 @@ def test_two_ranks_whiten_over_both_and_take_a_kl_off_the_reward(tmp_path: Path)
 
 def test_lite_ppo_corrects_for_the_sampler(tmp_path: Path) -> None:
     found = ran(tmp_path, "lite_ppo", "algorithm.opsm=0.01")
-    assert all(0 < line["rollout_corr/ess"] <= 1 for line in found)
+    assert all(0 < line["rollout_corr/ess"] < 1.001 for line in found)
 
 
 def test_segments_are_recomputed_while_rows_wait(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""SIGKILL and signals during a real run: recovery or a clean stop, never a hang, an orphan or a leftover."""
+"""Death (SIGKILL) and hang (SIGSTOP) of every worker of a real run, and of its controller: each line of the table in
+docs/reliability.md. Recovery or a clean stop, never a silent hang, an orphan or a leftover."""
 
 from __future__ import annotations
 
@@ -6,89 +7,154 @@ import json
 import os
 import signal
 import subprocess
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from flowrl.report.staleness_check import check_run
 from tests.integration.runs import (
     alive,
-    events,
     finish,
     sessions,
-    small_run,
     started,
     trained_updates,
     wait_until,
     workers,
 )  # fmt: skip
+from tests.integration.test_resume import command, rows_that_count
 
-pytestmark = pytest.mark.timeout(240)
-START_S = 60
+pytestmark = pytest.mark.timeout(600)
+START_S = 200
+BACK_S = 100
+HEARTBEAT_S = 10
+VICTIMS = ("rollout.0.0", "stages.0.0", "evaluate.0.0")
+EVALUATED = ("data.held_out=20", "eval={every: 10, limit: 20}")
 
 
 def leftovers(directory: Path) -> list[Path]:
     return list(sessions(directory).iterdir()) if sessions(directory).exists() else []
 
 
-def wait_for_training(process: subprocess.Popen[str], run: Path) -> None:
+def wait_for_update(process: subprocess.Popen[str], run: Path, update: int) -> None:
     def has_trained() -> bool:
         assert process.poll() is None, finish(process, 5)
-        return trained_updates(run) >= 2
+        return trained_updates(run) >= update
 
-    wait_until(has_trained, START_S, "the first updates")
+    wait_until(has_trained, START_S, f"{update} updates")
 
 
-@pytest.mark.parametrize("victim", ["rollout.0.0", "stages.0.0", "evaluate.0.0"])
-def test_a_killed_worker_comes_back_and_the_run_ends_well(tmp_path: Path, victim: str) -> None:
-    run = tmp_path / "runs" / "small"
-    with started(small_run(tmp_path, steps=40)) as process:
-        wait_for_training(process, run)
-        everyone = dict(workers(process))
-        os.kill(everyone[victim], signal.SIGKILL)
-        output = finish(process, 150)
+def hit(process: subprocess.Popen[str], victims: Sequence[str], signum: int) -> None:
+    """Signals the workers, and waits until they have other processes."""
+    hurt = {victim: workers(process)[victim] for victim in victims}
+    for pid in hurt.values():
+        os.kill(pid, signum)
+
+    def are_back() -> bool:
+        now = workers(process)
+        return all(now.get(victim, pid) != pid for victim, pid in hurt.items())
+
+    wait_until(are_back, BACK_S, f"{', '.join(victims)} to come back")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+def test_engine_stages_and_evaluation_come_back_and_the_run_ends_well(tmp_path: Path, signum: signal.Signals) -> None:
+    run = tmp_path / "runs" / "hurt"
+    steps = 20
+    arguments = command(tmp_path, "hurt", *EVALUATED, f"train.steps={steps}", f"run.heartbeat_s={HEARTBEAT_S}")
+    with started(arguments) as process:
+        wait_for_update(process, run, 2)
+        everyone = list(workers(process).values())
+        hit(process, VICTIMS, signum)
+        everyone += workers(process).values()
+        output = finish(process, 200)
         assert process.returncode == 0, output
-    assert victim in output and "SIGKILL" in output
-    assert json.loads((run / "summary.json").read_text())["steps"] == 40
-    trained = [tuple(event["key"]) for event in events(run) if event["kind"] == "trained"]
-    assert len(trained) == len(set(trained)) == 40 * 64
-    sampled = {tuple(event["key"]): event["versions"] for event in events(run) if event["kind"] == "sampled"}
-    updates = {tuple(event["key"]): event["update"] for event in events(run) if event["kind"] == "trained"}
-    assert max(update - sampled[key][0][0] for key, update in updates.items()) <= 2
-    assert alive(list(everyone.values())) == []
+    for victim in VICTIMS:
+        assert f"{victim}: " in output
+    assert output.count("signal SIGKILL; restart 1") == 3
+    if signum == signal.SIGSTOP:
+        assert output.count("silent for ") == 3
+    rows = rows_that_count(run)
+    assert len(rows) == steps * 32 and set(rows.values()) == {1}
+    assert check_run(run).is_clean
+    assert alive(everyone) == []
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("victim", ["train.0.0", "queue.0.0"])
-def test_a_death_that_ends_the_run_is_named(tmp_path: Path, victim: str) -> None:
-    with started(small_run(tmp_path, steps=400)) as process:
-        wait_for_training(process, tmp_path / "runs" / "small")
+@pytest.mark.parametrize(
+    ("first", "second"), [(("train", signal.SIGKILL), ("queue", signal.SIGSTOP)),
+                          (("queue", signal.SIGKILL), ("train", signal.SIGSTOP))],
+)  # fmt: skip
+def test_without_trainer_or_shard_a_run_goes_on_from_its_checkpoint(
+    tmp_path: Path, first: tuple[str, signal.Signals], second: tuple[str, signal.Signals]
+) -> None:
+    run = tmp_path / "runs" / "hurt"
+    arguments = command(
+        tmp_path, "hurt", "train.steps=40", "run.checkpoint_every=3", f"run.heartbeat_s={HEARTBEAT_S}"
+    )  # fmt: skip
+    with started(arguments) as process:
+        for life, (kind, signum) in enumerate((first, second)):
+            wait_until(lambda life=life: lives(run) == life + 1, START_S, f"life {life}")
+            begins = json.loads((run / "lives.jsonl").read_text().splitlines()[-1])["step"]
+            wait_for_update(process, run, begins + 4)
+            os.kill(workers(process)[f"{kind}.0.0"], signum)
+        output = finish(process, 200)
+        assert process.returncode == 0, output
+    assert output.count("going on from step") == 2
+    for kind, _ in (first, second):
+        assert f"worker {kind}.0.0 died" in output
+    assert f"silent for {HEARTBEAT_S}" in output
+    rows = rows_that_count(run)
+    assert len(rows) == 40 * 32 and set(rows.values()) == {1}
+    findings = check_run(run)
+    assert findings.is_clean and findings.lives == 3
+    assert leftovers(tmp_path) == []
+
+
+def lives(run: Path) -> int:
+    path = run / "lives.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_without_a_checkpoint_the_death_of_a_trainer_ends_the_run_by_name(tmp_path: Path) -> None:
+    with started(command(tmp_path, "hurt", "train.steps=4000")) as process:
+        wait_for_update(process, tmp_path / "runs" / "hurt", 2)
         everyone = dict(workers(process))
-        os.kill(everyone[victim], signal.SIGKILL)
-        output = finish(process, 30)
+        os.kill(everyone["train.0.0"], signal.SIGKILL)
+        output = finish(process, 100)
         assert process.returncode not in (0, None)
-    assert victim in output and "SIGKILL" in output
+    assert "train.0.0" in output and "SIGKILL" in output
     assert alive(list(everyone.values())) == []
     assert leftovers(tmp_path) == []
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_the_run_in_order(tmp_path: Path, signum: signal.Signals) -> None:
-    with started(small_run(tmp_path, steps=400)) as process:
-        wait_for_training(process, tmp_path / "runs" / "small")
+    with started(command(tmp_path, "hurt", "train.steps=4000")) as process:
+        wait_for_update(process, tmp_path / "runs" / "hurt", 2)
         everyone = dict(workers(process))
         process.send_signal(signum)
-        output = finish(process, 30)
+        output = finish(process, 100)
         assert process.returncode not in (0, None), output
     assert "Traceback" not in output
     assert alive(list(everyone.values())) == []
     assert leftovers(tmp_path) == []
 
 
-def test_nothing_survives_a_killed_controller(tmp_path: Path) -> None:
-    with started(small_run(tmp_path, steps=400)) as process:
-        wait_for_training(process, tmp_path / "runs" / "small")
-        everyone = list(workers(process).values())
+def test_a_controller_that_was_stopped_for_long_goes_on_and_a_killed_one_takes_everything_with_it(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "runs" / "hurt"
+    with started(command(tmp_path, "hurt", "train.steps=4000", "run.heartbeat_s=3")) as process:
+        wait_for_update(process, run, 2)
+        everyone = dict(workers(process))
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(5)
+        os.kill(process.pid, signal.SIGCONT)
+        wait_for_update(process, run, trained_updates(run) + 5)
+        assert dict(workers(process)) == everyone, "a worker was taken for hung while its controller was"
         os.kill(process.pid, signal.SIGKILL)
         process.wait(5)
-        wait_until(lambda: not alive(everyone), 5, "the children to die")
-        wait_until(lambda: not leftovers(tmp_path), 5, "the session directory to go")
+        wait_until(lambda: not alive(list(everyone.values())), 10, "the children to die")
+        wait_until(lambda: not leftovers(tmp_path), 10, "the session directory to go")

@@ -14,14 +14,14 @@ from flowrl.replay.record import _LENGTH, Updated, _encode, read_entries
 from tests.integration.runs import ROOT
 from tests.integration.test_determinism import assert_same_bits, tiny_run
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Asynchronous, on two ranks, from a warm start."""
     return tiny_run(
-        tmp_path_factory.mktemp("record"), "recorded", "run.record=true", "pools.train.workers=2", "data.dev=20",
+        tmp_path_factory.mktemp("record"), "recorded", "pools.train.workers=2", "data.dev=20",
         "warm_start.max_steps=2", "warm_start.check_every=2",
     )  # fmt: skip
 
@@ -29,7 +29,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def replay(run: Path, out: Path) -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, "-m", "flowrl", "replay", str(run), "--out", str(out)],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, capture_output=True, text=True, timeout=250,
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
 
@@ -62,4 +62,4 @@ def test_a_run_without_a_record_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("")
     code, output = replay(tmp_path, tmp_path / "replay")
     assert code == 2
-    assert "run.record=true" in output
+    assert "run.record was false" in output

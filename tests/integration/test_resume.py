@@ -26,7 +26,7 @@ from tests.integration.runs import (
 )  # fmt: skip
 from tests.integration.test_determinism import STRICT, TINY, assert_same_bits, metrics_by_step, tiny_run
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(800)
 GROUP, BATCH = 4, 32
 
 
@@ -50,7 +50,7 @@ def kill_all_after(update: int, arguments: list[str], run: Path) -> None:
             assert process.poll() is None, finish(process, 5)
             return trained_updates(run) >= update
 
-        wait_until(has_trained, 90, f"{update} updates")
+        wait_until(has_trained, 200, f"{update} updates")
         everyone = list(workers(process).values())
         os.kill(process.pid, signal.SIGKILL)
         process.wait(5)
@@ -59,7 +59,7 @@ def kill_all_after(update: int, arguments: list[str], run: Path) -> None:
 
 def run_to_its_end(arguments: list[str]) -> str:
     with started(arguments) as process:
-        output = finish(process, 150)
+        output = finish(process, 250)
         assert process.returncode == 0, output
     return output
 
@@ -102,7 +102,7 @@ def test_a_strict_run_that_was_killed_ends_as_if_it_had_not_been(tmp_path: Path)
 
 def test_an_asynchronous_run_loses_no_row_and_trains_none_twice(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "async"
-    arguments = command(tmp_path, "async", "run.checkpoint_every=3", "train.steps=12", "run.record=true")
+    arguments = command(tmp_path, "async", "run.checkpoint_every=3", "train.steps=12")
     kill_all_after(5, arguments, run)
     kill_all_after(8, [*arguments, "--resume"], run)
     run_to_its_end([*arguments, "--resume"])
@@ -117,9 +117,9 @@ def test_a_killed_node_makes_torchrun_start_all_again_and_one_node_can_go_on_alo
     run = tmp_path / "runs" / "two"
     overrides = ("run.checkpoint_every=2", "train.steps=6")
     with started(command(tmp_path, "two", *overrides, nodes=2, restarts=2)) as process:
-        wait_until(lambda: trained_updates(run) >= 3, 120, "3 updates")
+        wait_until(lambda: trained_updates(run) >= 3, 200, "3 updates")
         os.kill(controllers_of(process.pid)[1], signal.SIGKILL)
-        output = finish(process, 200)
+        output = finish(process, 250)
         assert process.returncode == 0, output
     assert_no_row_twice_and_none_lost(run, 6, bound=2)
     run_to_its_end([*command(tmp_path, "two", "run.checkpoint_every=2", "train.steps=8"), "--resume"])
@@ -140,6 +140,6 @@ def test_a_resumed_run_may_not_compute_something_else(tmp_path: Path) -> None:
         (["run.name=another"], "holds no run to resume"),
     ):
         with started([*command(tmp_path, "done", "train.steps=2", *arguments), "--resume"]) as process:
-            output = finish(process, 60)
+            output = finish(process, 120)
         assert process.returncode == 2 and text in output, output
     assert run.is_dir()

@@ -14,7 +14,7 @@ from tests.integration.runs import ROOT, command, run_to_end, sessions
 LINES_FOR_TWO_STAGES = 30
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(240)
 def test_the_pages_stages_run_as_written(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "stages.md").read_text()
     for language, text in re.findall(r"```(python|yaml)\n(.*?)```", page, flags=re.DOTALL):
@@ -37,7 +37,7 @@ def test_the_pages_stages_run_as_written(tmp_path: Path) -> None:
             train: {{batch_groups: 4, steps: 3, learning_rate: 1e-3}}
         """)
     )
-    code, output = run_to_end(command(recipe=str(tmp_path / "brief.yaml")), cwd=tmp_path)
+    code, output = run_to_end(command(recipe=str(tmp_path / "brief.yaml")), timeout_s=180, cwd=tmp_path)
     assert code == 0, output
     updates = [
         line

@@ -18,7 +18,7 @@ import pytest
 from tests.integration.runs import ROOT, finish, run_to_end, sessions, started, wait_until
 
 GOOD, BAD = "reward.path=my.py-good", "reward.path=my.py-bad"
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "my.py").write_text(
         textwrap.dedent("""
             def good(data_source, solution_str, ground_truth, extra_info=None):
-                return float(ground_truth in solution_str)
+                return 1.0
+            def none(data_source, solution_str, ground_truth, extra_info=None):
+                return 0.0
             def bad(data_source, solution_str, ground_truth, extra_info=None):
                 raise RuntimeError("the moon is full")
         """)
@@ -51,6 +53,7 @@ def sweep(*arguments: str, recipe: str = "mine.yaml") -> list[str]:
     return [sys.executable, "-m", "flowrl", "sweep", recipe, *arguments]
 
 
+SEED_THAT_DRAWS_GOOD_FIRST = "2"
 REWARDS = ("reward.path=my.py:good,my.py:bad", "train.seed=0", "--out", "out")
 
 
@@ -68,9 +71,9 @@ class Lives:
 def lives(workplace: Path) -> Iterator[Lives]:
     first_run = workplace / "out" / "points" / GOOD / "events.jsonl"
     with started(sweep(*REWARDS), cwd=workplace) as process:
-        wait_until(first_run.exists, 60, "the first point's run")
+        wait_until(first_run.exists, 150, "the first point's run")
         os.kill(process.pid, signal.SIGINT)
-        interrupted = finish(process, 60), process.returncode
+        interrupted = finish(process, 100), process.returncode
     resumed = run_to_end(sweep(*REWARDS, "--jobs", "2"), cwd=workplace, timeout_s=200)
     idle = run_to_end(sweep(*REWARDS), cwd=workplace)
     yield Lives(workplace / "out", (interrupted[1], interrupted[0]), resumed, idle)
@@ -109,7 +112,8 @@ def test_the_report_compares_what_ran_to_its_end(lives: Lives) -> None:
     rows = {row["point"]: row for row in csv.DictReader(lines)}
     assert rows[GOOD]["state"] == "finished" and rows[BAD]["state"] == "failed"
     assert float(rows[GOOD]["tokens_per_s"]) > 0
-    assert 0 <= float(rows[GOOD]["idle_rollout"]) < 1 and 0 <= float(rows[GOOD]["idle_train"]) < 1
+    for stage in ("rollout", "train", "reward", "advantage"):
+        assert 0 <= float(rows[GOOD][f"idle_{stage}"]) <= 1
     page = (lives.out / "report.html").read_text()
     assert "the moon is full" in page and "data:image/png;base64," in page
     assert "http" not in page.replace("http-equiv", "")
@@ -121,6 +125,29 @@ def test_a_point_that_takes_too_long_is_ended(workplace: Path) -> None:
     assert code == 1
     assert "timed out" in output and "not done after 1.0 s (--timeout)" in output
     assert not list(sessions(workplace).glob("*")), "nothing is left of it"
+
+
+def test_halving_ends_a_run_that_does_worse_and_keeps_its_figures(workplace: Path) -> None:
+    pytest.importorskip("optuna", reason="optuna is an extra: flowrl[sweep]")
+    search = (
+        "--search",
+        "halving",
+        "--trials",
+        "2",
+        "--seed",
+        SEED_THAT_DRAWS_GOOD_FIRST,
+        "--metric",
+        "critic/score/mean",
+    )
+    axes = ("reward.path=my.py:good,my.py:none", "train.steps=300")
+    code, output = run_to_end(sweep(*axes, *search, "--min-updates", "3", "--out", "halved"), 200, cwd=workplace)
+    assert code == 0, output
+    outcomes = {path.stem: json.loads(path.read_text()) for path in (workplace / "halved" / "outcomes").iterdir()}
+    assert outcomes[GOOD]["state"] == "finished"
+    pruned = outcomes["reward.path=my.py-none"]
+    assert pruned["state"] == "pruned" and pruned["reason"].startswith("given up at update")
+    assert 3 <= int(pruned["reason"].split()[-1]) < 300
+    assert not list(sessions(workplace).glob("*"))
 
 
 def test_points_span_nodes_one_after_another_under_torchrun(workplace: Path) -> None:

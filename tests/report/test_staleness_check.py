@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import flowrl.report.staleness_check as checked
-from flowrl.report.staleness_check import check_run, describe
+from flowrl.report.events import Event
+from flowrl.report.staleness_check import check, check_run, describe
 
 
 def key(group: int, index: int = 0, attempt: int = 0) -> list[Any]:
@@ -148,3 +149,24 @@ def test_a_log_of_ten_megabytes_takes_a_second_or_so(tmp_path: Path) -> None:
     start = time.monotonic()
     assert check_run(tmp_path).total("taken") == 60_000
     assert time.monotonic() - start < 3
+
+
+def test_updates_that_a_later_life_went_back_behind_count_nowhere() -> None:
+    rows = [("train", group, 0, 0) for group in range(3)]
+    again = ("train", 1, 0, 1000)
+    log = [
+        *(Event(kind="sampled", key=key, versions=((0, 2),)) for key in rows),
+        Event(kind="taken", key=rows[0], update=0),
+        Event(kind="trained", key=rows[0], update=0),
+        Event(kind="taken", key=rows[1], update=1),
+        Event(kind="trained", key=rows[1], update=1),
+        Event(kind="resumed", life=1, version=1),
+        Event(kind="sampled", key=again, versions=((1, 2),)),
+        Event(kind="taken", key=again, update=1),
+        Event(kind="trained", key=again, update=1),
+    ]
+    findings = check(log, bound=0)
+    assert findings.is_clean and (findings.lives, findings.undone) == (2, 1)
+    assert findings.rows_by_staleness == {0: 2}
+    in_one_life = check([event for event in log if event.kind != "resumed"], bound=0)
+    assert [violation.key for violation in in_one_life.violations] == [rows[1]]

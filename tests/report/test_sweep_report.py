@@ -39,6 +39,9 @@ def write_run(run: Path, step_s: float, seed: int) -> None:
             {"t": t - step_s / 2, "kind": "sampled", "versions": [[step - 1, 5]], **row},
             {"t": t, "kind": "trained", "update": step - 1, **row},
         ]
+    # Before the first update the stage has nothing to do, and that does not count.
+    for t, idle_s, span_s in ((1.0, 10.0, 10.0), (20.0, 8.0, 10.0), (40.0, 10.0, 10.0)):
+        metrics.append({"t": t, "step": None, "perf/idle_s/reward": idle_s, "perf/span_s/reward": span_s})
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in events))
     (run / "summary.json").write_text(json.dumps({"accuracy_before": 0.1, "accuracy_after": 0.8 + 0.1 * seed}))
@@ -75,8 +78,7 @@ def test_figures_are_those_of_the_runs(sweep: Path) -> None:
     assert slow.accuracy_after == pytest.approx(0.9)
     assert slow.training_s == pytest.approx(40.0)
     assert slow.tokens_per_s == pytest.approx(100.0)
-    assert slow.idle_train == pytest.approx(0.25)
-    assert slow.idle_rollout == pytest.approx(0.5)
+    assert slow.idle == pytest.approx({"train": 0.25, "rollout": 0.5, "reward": 0.9})
     assert slow.reward_final == pytest.approx(0.02 * np.mean([37, 38, 39, 40]))
     # The mean of ten updates passes 0.4 when the middle of the ten is past update 20: at update 25.
     assert slow.seconds_to(0.4) == pytest.approx(25.0)

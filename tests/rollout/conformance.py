@@ -41,7 +41,7 @@ from tests.rollout.reference import (
 NUM_CROWD = 48
 TOLERANCE = 1e-3
 TIMEOUT_S = 60.0
-# Long enough to be under way when something happens to it `UNDERWAY_S` after its start.
+# Long enough to be under way still when something happens to it.
 LONG = 600
 UNDERWAY_S = 0.15
 
@@ -107,10 +107,12 @@ def assert_logprobs(path: Path, prompt: tuple[int, ...], part: Generation, tempe
 
 
 class EngineConformance:
-    """Engines whose seeds do not fix the tokens set `has_seeds = False`; those that must be restarted after weights
-    that do not fit, `survives_unfit_weights = False`."""
+    """Engines whose seeds do not fix the tokens set `has_seeds = False`; those that refuse a repetition penalty,
+    `has_repetition_penalty = False`; those that must be restarted after weights that do not fit,
+    `survives_unfit_weights = False`."""
 
     has_seeds = True
+    has_repetition_penalty = True
     survives_unfit_weights = True
 
     @pytest.fixture(autouse=True)
@@ -188,6 +190,10 @@ class EngineConformance:
     def test_repetition_penalty_weighs_what_the_response_has_and_the_logprobs_say_so(
         self, engine: Served, models: Models
     ) -> None:
+        if not self.has_repetition_penalty:
+            with pytest.raises(ValueError, match="repetition_penalty"):
+                generate(engine, [request("r", (1, 2), 4, repetition_penalty=1.5)])
+            return
         requests = [
             request(f"r{i}", one, 20, repetition_penalty=1.5, temperature=0.8) for i, one in enumerate(prompts(4))
         ]
@@ -289,7 +295,7 @@ class EngineConformance:
         async def pause_underway() -> list[Generation]:
             running = await start(engine, [request("running", (1, 2, 3), LONG)])
             await engine.engine.pause(mode)
-            running += await start(engine, [request("late", (4, 5, 6), 4)])
+            running += submit(engine, [request("late", (4, 5, 6), 4)])
             _, pending = await asyncio.wait(running, timeout=0.8)
             assert len(pending) == 2
             await engine.engine.resume()
@@ -324,7 +330,8 @@ class EngineConformance:
 
     def test_abort_without_a_name_ends_all_running_and_waiting(self, engine: Served) -> None:
         async def abort_all() -> list[Generation]:
-            running = await start(engine, [request(f"r{i}", (1, 2, i), LONG) for i in range(NUM_CROWD)])
+            running = submit(engine, [request(f"r{i}", (1, 2, i), LONG) for i in range(NUM_CROWD)])
+            await asyncio.sleep(UNDERWAY_S)
             await engine.engine.abort()
             return await asyncio.gather(*running)
 
@@ -377,7 +384,11 @@ def generate(engine: Served, requests: list[GenerateRequest]) -> list[Generation
 
 
 async def start(engine: Served, requests: list[GenerateRequest]) -> list[asyncio.Task[Generation]]:
-    """Tasks that have been running for `UNDERWAY_S`."""
-    tasks = [asyncio.create_task(engine.engine.generate(one)) for one in requests]
-    await asyncio.sleep(UNDERWAY_S)
+    """Tasks of requests that have tokens already: a short request that came after them has ended."""
+    tasks = submit(engine, requests)
+    await engine.engine.generate(request("pilot", (3, 4), 4))
     return tasks
+
+
+def submit(engine: Served, requests: list[GenerateRequest]) -> list[asyncio.Task[Generation]]:
+    return [asyncio.create_task(engine.engine.generate(one)) for one in requests]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from flowrl.rollout.embedded.kv_cache import KVCache
 from flowrl.rollout.embedded.runner import spans
-from flowrl.rollout.embedded.sampling import SamplingColumns, sample, stream_keys, uniforms
+from flowrl.rollout.embedded.sampling import SamplingColumns, penalise, sample, stream_keys, uniforms
 from flowrl.rollout.embedded.slots import SlotTable, moves_into_holes
 from flowrl.rollout.embedded.waiting import Sequence, WaitingQueue
 from flowrl.rollout.engine import GenerateRequest, SamplingParams
@@ -55,6 +55,14 @@ def test_filters_renormalise_what_they_keep() -> None:
     for params, kept in (({"top_k": 2}, 2), ({"top_p": 0.5}, 2), ({"min_p": 0.3}, 3), ({"top_p": 0.8, "top_k": 4}, 3)):
         expected = np.where(np.arange(5) < kept, probs.numpy(), 0)
         np.testing.assert_allclose(drawn(probs.log(), 40_000, **params), expected / expected.sum(), atol=0.01)
+
+
+def test_penalty_weighs_each_token_of_the_response_once_and_other_rows_not_at_all() -> None:
+    logits = torch.tensor([[2.0, -1.0, 0.5, 3.0]]).repeat(3, 1)
+    tokens = np.array([[0, 1, 0, 9], [3, 3, 3, 3], [2, 0, 0, 0]], dtype=np.int32)
+    penalty = np.array([2.0, 1.0, 4.0], dtype=np.float32)
+    weighed = penalise(logits, penalty, tokens, np.array([3, 4, 0]))
+    assert weighed.tolist() == [[1.0, -2.0, 0.5, 3.0], [2.0, -1.0, 0.5, 3.0], [2.0, -1.0, 0.5, 3.0]]
 
 
 def test_impossible_token_is_never_drawn() -> None:

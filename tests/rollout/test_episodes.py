@@ -194,7 +194,7 @@ def test_a_conversation_never_outgrows_its_room(make: Make) -> None:
 
 
 def test_a_turn_has_a_limit_of_its_own(make: Make) -> None:
-    recipe, runner = make("rollout.turn_tokens=5")
+    recipe, runner = make(*tools("calculator", turn_tokens=5))
     trajectory = play(recipe, runner, ScriptedEngine(runner, ["a very long answer"]))
     assert isinstance(trajectory, Trajectory)
     assert (len(trajectory.tokens), trajectory.finish_reason) == (5, FinishReason.LENGTH)
@@ -325,6 +325,8 @@ def test_reading_what_does_not_fit_leaves_the_transcript_as_it_was(make: Make) -
         (["rollout.episode=environment"], "rollout.environment: missing"),
         (["rollout.episode=environment", "rollout.environment.path=a.py:B"], "set reward.name=episode"),
         (["reward.name=episode"], "reward.name: 'episode'; rollout.episode=single_turn gives no reward"),
+        (["rollout.turn_tokens=5"], "a single turn has max_tokens"),
+        (["rollout.in_flight=abort", "rollout.stop_strings=[x]"], "rollout.stop_strings: an aborted response"),
         (["rollout.sandbox.isolation=none"], "must be one of full, limits"),
         ([f"rollout.episode={HERE}:raises", "rollout.handover=batch"], "rollout.handover: 'batch'"),
     ],

@@ -132,6 +132,12 @@ def test_a_resumed_response_draws_other_random_numbers(engine: ResumingEngine, m
     assert result.tokens[:num].tolist() != result.tokens[cut : cut + num].tolist()
 
 
+@pytest.mark.parametrize("params", [{"stop_strings": ("x",)}, {"repetition_penalty": 1.2}])
+def test_what_looks_back_on_a_response_is_refused(engine: ResumingEngine, params: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="look back"):
+        asyncio.run(engine.generate(request("r", (1, 2), 4, **params)))
+
+
 def test_name_of_a_running_request_is_refused(engine: ResumingEngine, models: Models) -> None:  # noqa: F811
     async def same_name_twice() -> None:
         [running] = await begin(engine, [request("same", (1, 2, 3), LONG)])

@@ -59,7 +59,7 @@ def test_without_spares_every_sample_keeps_its_place() -> None:
 
 
 def test_first_to_end_are_kept_and_the_slow_are_cancelled() -> None:
-    accepted, failure, turns = keep([3, 1, 4, 0], wanted=3, total=5)
+    accepted, failure, turns = keep([3, 1, 4], wanted=3, total=5)
     assert failure is None
     assert sorted(accepted) == [0, 1, 2] and sorted(accepted.values()) == [1, 3, 4]
     assert accepted[1] == 1
@@ -106,11 +106,6 @@ def test_samples_of_one_prompt_share_a_server_until_it_is_too_busy() -> None:
     chosen = [router.choose((1, 2, 3)) for _ in range(16)]
     assert chosen[:4] == [0] * 4 and 1 in chosen
     assert abs(router.num_running[0] - router.num_running[1]) <= 8
-
-
-def test_spread_samples_of_one_prompt_use_every_server() -> None:
-    router = Router(4, is_spread=True)
-    assert sorted(router.choose((1, 2, 3)) for _ in range(8)) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_groups_whose_rewards_are_all_equal_are_tied() -> None:

@@ -65,6 +65,7 @@ async def start(engine: SGLangEngine, asked: list[GenerateRequest]) -> list[asyn
 
 class TestSGLangEngine(EngineConformance):
     has_seeds = False
+    has_repetition_penalty = False
 
     def test_capabilities_say_that_a_cpu_server_heeds_no_seed(self, engine: Served) -> None:
         assert not engine.engine.capabilities.takes_seeds

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from flowrl.rollout.engine import EngineError, FinishReason, GenerateRequest, PauseMode, SamplingParams
 from flowrl.rollout.sglang import keeper
-from flowrl.rollout.sglang.answers import generate_body, generation
+from flowrl.rollout.sglang.answers import cut_at_stop, generate_body, generation
 from flowrl.rollout.sglang.arguments import ServerSettings, command_line, environment
 from flowrl.rollout.sglang.checkpoint import misfit, read_shapes
 from flowrl.rollout.sglang.client import (
@@ -42,6 +42,24 @@ KEEPER = Path(keeper.__file__)
 def request(request_id: str, *, tokens: tuple[int, ...] = (5, 6, 7), **sampling: object) -> GenerateRequest:
     params = SamplingParams(**{"max_tokens": 4, **sampling})
     return GenerateRequest(request_id=request_id, tokens=tokens, sampling=params)
+
+
+# routing and stop strings
+
+
+def test_response_is_cut_at_its_first_stop_string_with_all_that_belongs_to_it() -> None:
+    entries = [(-0.1 * i, i, None) for i in range(6)]
+    answer = GenerateAnswer(GenerateMeta(Finish("length"), entries, [VersionSpan("1", 0, 6)]))
+    cut = cut_at_stop(generation(answer, 1, set()), ("23",), lambda tokens: "".join(map(str, tokens)))
+    assert cut.finish_reason is FinishReason.STOP and cut.tokens.tolist() == [0, 1, 2, 3]
+    assert len(cut.logprobs) == len(cut.versions) == 4
+
+
+def test_several_servers_share_no_log_and_no_port(tmp_path: Path) -> None:
+    engine = SGLangEngine(servers=3, log_path=tmp_path / "server.log")
+    assert [one.log_path.name for one in engine._settings] == ["server.log", "server.1.log", "server.2.log"]
+    with pytest.raises(ValueError, match="servers"):
+        SGLangEngine(servers=2, port=30000)
 
 
 # versions

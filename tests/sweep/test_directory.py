@@ -74,6 +74,18 @@ def test_what_a_point_left_is_set_aside_never_deleted(tmp_path: Path) -> None:
     assert [(path / "life").read_text() for path in kept] == ["0", "1"]
 
 
+def test_a_nodes_old_part_is_set_aside_and_a_new_run_on_a_shared_disk_is_not(tmp_path: Path) -> None:
+    directory = SweepDirectory(tmp_path)
+    (directory.runs / "old").mkdir(parents=True)
+    (directory.runs / "old" / "recipe.node1.yaml").touch()
+    (directory.runs / "new").mkdir()
+    (directory.runs / "new" / "recipe.yaml").touch()
+    for name in ("old", "new", "never"):
+        directory.set_part_aside(name, node=1)
+    assert [path.name for path in directory.runs.iterdir()] == ["new"]
+    assert (tmp_path / "abandoned" / "old.1" / "recipe.node1.yaml").exists()
+
+
 def test_a_file_that_is_no_plan_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text('{"recipe": 3}')
     with pytest.raises(ValueError, match=r"sweep\.json.*not a sweep's plan"):

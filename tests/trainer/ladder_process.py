@@ -55,7 +55,7 @@ def variant_cases(world: World, out: Path, models: Path) -> None:
 
 
 def lora_case(world: World, out: Path, models: Path) -> None:
-    for name in ("qwen3", "gpt2"):
+    for name in ("qwen3", "gpt2", "qwen3_moe"):
         trainer = make_trainer(models / name, world, lora=LORA, rate=1e-2)
         for seed in range(3):
             update(trainer, make_samples(NUM_ROWS, seed=seed)[share(world)])

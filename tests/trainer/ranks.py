@@ -24,7 +24,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.trainer.ladder_process"])
 
 
-def run_ranks(case: Callable[..., None], world_size: int, out: Path, *arguments: Any, timeout_s: float = 110) -> None:
+def run_ranks(case: Callable[..., None], world_size: int, out: Path, *arguments: Any, timeout_s: float = 200) -> None:
     """Calls `case(rank, world_size, out, *arguments)` in so many processes; all must succeed."""
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))

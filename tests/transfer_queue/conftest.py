@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +20,7 @@ from transfer_queue.core import Columns
 from transfer_queue.rows import Column, RowKey
 from transfer_queue.server import QueueServer
 from transfer_queue.shard import Shard
-from transfer_queue.spans import spans_of
+from transfer_queue.spans import Keys, spans_of
 from transfer_queue.staleness import Accounts
 
 CONSUMERS = {
@@ -33,7 +33,8 @@ NO_COLUMNS: Columns = MappingProxyType({})
 
 def as_travels(field: Any) -> Any:
     """Keys as the spans that go over the wire."""
-    are_keys = isinstance(field, list | tuple) and field and all(isinstance(key, RowKey) for key in field)
+    is_list = isinstance(field, Sequence) and not isinstance(field, str)
+    are_keys = is_list and len(field) > 0 and all(isinstance(key, RowKey) for key in field)
     return spans_of(field) if are_keys else field
 
 

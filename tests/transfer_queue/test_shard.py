@@ -72,15 +72,15 @@ def test_group_size_that_never_fills_an_update_is_refused_by_name(direct_shard: 
 
 
 def test_bytes_are_promised_before_they_come_and_freed_when_all_are_done(direct_shard: Make) -> None:
-    shard = direct_shard(consumers={"eval": ConsumerSpec(("tokens",), partition="eval")}, byte_limit=1000)
-    groups = shard.reserve(groups=9, partition="eval", row_bytes=300)
+    shard = direct_shard(consumers={"eval": ConsumerSpec(("tokens",), partition="eval")}, byte_limit=10_000)
+    groups = shard.reserve(groups=9, partition="eval", row_bytes=3000)
     assert len(groups) == 3
-    number = shard.reserve(partition="eval", row_bytes=300, wait_s=9.0)
+    number = shard.reserve(partition="eval", row_bytes=3000, wait_s=9.0)
     shard.put(keys_of(groups))
     assert shard.answer_to(number) is None
     shard.ask(wire.Ack, "eval", shard.take("eval").keys)
     assert len(shard.answer_to(number).groups) == 1
-    assert "byte_limit is 1000" in shard.reserve(partition="eval", row_bytes=1001).message
+    assert "byte_limit is 10000" in shard.reserve(partition="eval", row_bytes=10_001).message
 
 
 def test_partition_that_nobody_trains_on_knows_no_staleness(direct_shard: Make) -> None:

@@ -389,7 +389,7 @@ class Histories(RuleBasedStateMachine):
 
 
 Histories.TestCase.settings = settings(max_examples=800 * TIMES, stateful_step_count=30, deadline=None)
-Histories.TestCase = pytest.mark.timeout(120 + 60 * TIMES)(Histories.TestCase)
+Histories.TestCase = pytest.mark.timeout(600 * TIMES)(Histories.TestCase)
 test_no_history_breaks_the_rules = Histories.TestCase
 
 

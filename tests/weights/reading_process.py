@@ -1,7 +1,8 @@
-"""A reader in a process of its own: `python -m tests.weights.reading_process ROOT LAST`.
+"""A reader in a process of its own: `python -m tests.weights.reading_process WAY ROOT LAST`.
 
-Maps the newest version again and again until it has seen LAST. Every tensor of version v is full of v, so any other
-value is a torn read. Prints how many versions it read, and how often one was gone before it could be opened.
+Reads the newest version again and again until it has seen LAST: `mapped`, as safetensors maps it, or `read`, into
+tensors in place as the embedded engine does. Every tensor of version v is full of v, so any other value is a torn read.
+Prints how often it read, how many versions, and how often one was gone before it could be opened.
 """
 
 from __future__ import annotations
@@ -12,30 +13,43 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from flowrl.weights.store import WeightStore
+from flowrl.weights.loading import load_in_place
+from flowrl.weights.store import WeightStore, reading
+from tests.weights.versions import WORDS
+
+TENSORS = {name: torch.zeros(shape) for name, shape in WORDS.items()}
 
 
-def main(root: Path, last: int) -> None:
+def values_mapped(path: Path) -> set[float]:
+    with reading(path), safe_open(path / "model.safetensors", framework="pt") as file:
+        return {float(value) for name in WORDS for value in file.get_tensor(name).unique()}
+
+
+def values_read(path: Path) -> set[float]:
+    load_in_place(TENSORS, path)
+    return {float(value) for tensor in TENSORS.values() for value in tensor.unique()}
+
+
+def main(way: str, root: Path, last: int) -> None:
     torch.set_num_threads(1)
-    store, seen, gone = WeightStore(root, 2), set(), 0
+    values_of = {"mapped": values_mapped, "read": values_read}[way]
+    store, seen, times, gone = WeightStore(root, 2), set[int](), 0, 0
     print("reading", flush=True)
     while last not in seen:
         latest = store.latest()
         if latest is None:
             continue
         try:
-            with safe_open(latest.path / "model.safetensors", framework="pt") as file:
-                names = set(file.keys())
-                values = {float(value) for name in names for value in file.get_tensor(name).unique()}
-            assert (latest.path / "config.json").exists() or not latest.path.exists()
+            values = values_of(latest.path)
         except FileNotFoundError:
             gone += 1
             continue
-        assert len(names) == 8 and values == {float(latest.version)}, f"torn: v{latest.version} holds {values}"
+        times += 1
+        assert values == {float(latest.version)}, f"torn: v{latest.version} holds {values}"
         assert latest.version >= max(seen, default=0), f"version {latest.version} after {max(seen)}"
         seen.add(latest.version)
-    print(len(seen), gone)
+    print(times, len(seen), gone)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from flowrl.weights.publish import Publisher
+from flowrl.weights.ranks import WeightsError
 from flowrl.weights.store import WeightStore
 
 TOKENS = torch.tensor([[5, 9, 2, 40]])
@@ -99,6 +100,74 @@ def test_weights_that_the_model_lacks_are_reported(
 def test_directory_without_safetensors_is_refused(model_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no safetensors file"):
         Publisher(moved_model(model_dir), tmp_path, None, "float32")
+
+
+def test_fused_experts_are_published_one_by_one_as_the_disk_has_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=48, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=64, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
+    lm = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "moe", dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    publisher = Publisher(lm, tmp_path / "moe", WeightStore(tmp_path / "store", 2), "float32")
+    path = publisher.publish(1)
+    publisher.export(tmp_path / "exported")
+    publisher.close()
+    assert path is not None
+    names = set(load_file(path / "model.safetensors"))
+    assert names == set(load_file(tmp_path / "moe" / "model.safetensors"))
+    assert "model.layers.1.mlp.experts.3.up_proj.weight" in names
+    for directory in (path, tmp_path / "exported"):
+        with torch.no_grad():
+            assert torch.equal(logits_of(directory), lm(TOKENS).logits)
+
+
+def test_plan_that_names_a_tensor_wrongly_is_found_out_against_the_checkpoint(model_dir: Path, tmp_path: Path) -> None:
+    lm = Qwen3ForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    Publisher(lm, model_dir, None, "float32").check_names()
+    tensors = load_file(model_dir / "model.safetensors")
+    one, other = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up"))
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+    swapped = copy_with(model_dir, tmp_path / "swapped", tensors)
+    with pytest.raises(WeightsError, match=r"'model\.layers\.0\.mlp\.gate_proj\.weight' would be published as"):
+        Publisher(lm, swapped, None, "float32").check_names()
+
+
+def test_second_version_holds_the_new_weights(model_dir: Path, tmp_path: Path) -> None:
+    """Also in a file that has been used before."""
+    lm = moved_model(model_dir)
+    publisher = Publisher(lm, model_dir, WeightStore(tmp_path, 2), "float32")
+    for version in range(6):
+        with torch.no_grad():
+            for parameter in lm.parameters():
+                parameter.add_(1.0)
+        path = publisher.publish(version)
+        assert path is not None
+        published = load_file(path / "model.safetensors")
+        assert all(torch.equal(published[name], parameter) for name, parameter in lm.named_parameters())
+        del published
+    publisher.close()
+
+
+def test_directory_on_disk_needs_no_shared_memory(model_dir: Path, tmp_path: Path) -> None:
+    lm = moved_model(model_dir)
+    seen = []
+    publisher = Publisher(
+        lm, model_dir, WeightStore(tmp_path, 2), "bfloat16", is_pooled=False, on_published=lambda *one: seen.append(one)
+    )
+    for version in range(3):
+        publisher.publish(version, pin="kept" if version == 0 else "")
+    publisher.close()
+    assert [version for version, _ in seen] == [0, 1, 2]
+    assert WeightStore(tmp_path, 2).versions() == [1, 2]
+    for path in (tmp_path / "pins" / "kept" / "v00000000", tmp_path / "v00000002"):
+        published = load_file(path / "model.safetensors")
+        for name, parameter in lm.named_parameters():
+            assert torch.equal(published[name], parameter.to(torch.bfloat16))
 
 
 def test_export_depends_on_no_other_directory(model_dir: Path, tmp_path: Path) -> None:

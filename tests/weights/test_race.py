@@ -1,4 +1,4 @@
-"""A reader racing the writer sees whole versions only."""
+"""Readers racing two writing ranks see whole versions only. FLOWRL_RACES: how many versions are written (1500)."""
 
 from __future__ import annotations
 
@@ -7,38 +7,39 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import save_file
 
-from flowrl.weights.store import WeightStore
-from flowrl.weights.tensorfile import TensorFileLayout
+from tests.weights.test_ranks import ROOT, start
+from tests.weights.versions import WORDS
 
-ROOT = Path(__file__).parents[2]
-NUM_VERSIONS = 400
+RACES = int(os.environ.get("FLOWRL_RACES", "1500"))
 
 
-def test_reader_racing_the_writer_never_sees_a_torn_version(tmp_path: Path) -> None:
-    config = tmp_path / "config.json"
-    config.write_text("{}")
-    store = WeightStore(tmp_path / "store", buffers=2)
-    shapes = {f"layer.{index}.weight": torch.Size([128, 128]) for index in range(8)}
-    layout = TensorFileLayout(shapes, torch.float32)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("way", ["mapped", "read"])
+def test_reader_racing_two_writing_ranks_never_sees_a_torn_version(way: str, tmp_path: Path) -> None:
+    model_dir = tmp_path / "model"
+    model_dir.mkdir()
+    save_file({name: torch.zeros(shape) for name, shape in WORDS.items()}, model_dir / "model.safetensors")
     reader = subprocess.Popen(
-        [sys.executable, "-m", "tests.weights.reading_process", str(store.root), str(NUM_VERSIONS)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+        [sys.executable, "-m", "tests.weights.reading_process", way, str(tmp_path / "weights"), str(RACES)],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    writers = []
     try:
         assert reader.stdout is not None and reader.stdout.readline() == "reading\n"
-        for version in range(1, NUM_VERSIONS + 1):
-            full = {name: torch.full(shape, float(version)) for name, shape in shapes.items()}
-            store.write(version, layout, full.items(), [config])
-        output, errors = reader.communicate(timeout=30)
+        writers = start("race", 2, model_dir, tmp_path, RACES=str(RACES))
+        for writer in writers:
+            _, errors = writer.communicate(timeout=550)
+            assert writer.returncode == 0, errors
+        output, errors = reader.communicate(timeout=60)
     finally:
-        reader.kill()
-        reader.communicate()
+        for process in (reader, *writers):
+            process.kill()
+            process.communicate()
     assert reader.returncode == 0, errors
-    num_seen, _ = map(int, output.split())
-    assert num_seen > NUM_VERSIONS // 20
+    num_read, num_versions, _ = map(int, output.split())
+    assert num_read >= num_versions > RACES // 100

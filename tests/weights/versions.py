@@ -62,3 +62,6 @@ def value_of(path: Path) -> float:
 def names(root: Path) -> list[str]:
     """What lies visible under a root."""
     return sorted(name for name in os.listdir(root) if not name.startswith("."))
+
+
+WORDS = {f"words.{index}": torch.Size([32, 16]) for index in range(8)}

@@ -1,18 +1,20 @@
 """A forward for the common dense decoders (Llama, Qwen2, Qwen3) in few, large operations.
 
-At decode a small model spends its time in the interpreter and in operations too small for a core. So projections that
-read the same input become one (their parameters become views of one tensor: replacing weights in place goes on as
-before), heads of queries and keys are normalised and rotated together, and nothing is called that computes nothing.
-Architectures that are not listed here run as transformers writes them; `selfcheck.py` compares either with the model's
-own forward before it serves.
+At decode a small model spends its time in the interpreter and in operations too small for a core. So projections of
+the same input become one (their parameters become views of one tensor: weights are replaced in place as before),
+heads of queries and keys are normalised and rotated together, and nothing is called that computes nothing.
+Architectures that are not listed here run as transformers writes them. Before it serves, `selfcheck.py` compares either
+with the model's own forward.
 
-Shapes: T packed tokens, E hidden size, H query heads, K key-value heads, D head size, I intermediate size, V vocabulary.
+Shapes: T packed tokens, W wanted ones, E hidden size, H query heads, K key-value heads, D head size, I intermediate
+size, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ _ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 def is_dense(model: PreTrainedModel) -> bool:
     """Whether `DenseForward` computes this model."""
-    return type(model).__name__ in _ARCHITECTURES and model.config.hidden_act == "silu"
+    return type(model).__name__ in _ARCHITECTURES and bool(model.config.hidden_act == "silu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +56,9 @@ class _Layer:
     None where the architecture has none."""
 
     index: int
-    attention_norm: nn.Module
-    mlp_norm: nn.Module
-    head_norms: tuple[nn.Module, nn.Module] | None
+    attention_norm: Any
+    mlp_norm: Any
+    head_norms: tuple[Any, Any] | None
     qkv: _Projection
     out: nn.Linear
     gate_up: _Projection
@@ -69,12 +71,11 @@ class DenseForward:
     """Called like the part of a model that a step needs: packed tokens in, logits of the wanted ones out."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        config = model.config
-        self._embed = model.model.embed_tokens
-        self._rotary = model.model.rotary_emb
-        self._norm = model.model.norm
-        self._head = model.lm_head
-        self._layers = [_layer(index, one) for index, one in enumerate(model.model.layers)]
+        config: Any = model.config
+        body: Any = model.model
+        self._embed, self._rotary, self._norm = body.embed_tokens, body.rotary_emb, body.norm
+        self._head: Any = model.lm_head
+        self._layers = [_layer(index, one) for index, one in enumerate(body.layers)]
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
 
     def __call__(self, tokens_T: Tensor, wanted_W: Tensor, step: Step) -> Tensor:
@@ -90,7 +91,8 @@ class DenseForward:
             gate_up = layer.gate_up(_normed(states_TE, layer.mlp_norm))
             gate_TI, up_TI = gate_up.chunk(2, dim=1)
             states_TE = states_TE + layer.down(silu(gate_TI).mul_(up_TI))
-        return self._head(_normed(states_TE[wanted_W], self._norm))
+        logits: Tensor = self._head(_normed(states_TE[wanted_W], self._norm))
+        return logits
 
     def _attend(self, layer: _Layer, states_TE: Tensor, rotation: tuple[Tensor, Tensor], step: Step) -> Tensor:
         heads, kv_heads = self._heads, self._kv_heads
@@ -108,7 +110,7 @@ class DenseForward:
         return states_TE + layer.out(output_THD.flatten(1))
 
 
-def _layer(index: int, module: nn.Module) -> _Layer:
+def _layer(index: int, module: Any) -> _Layer:
     attention, mlp = module.self_attn, module.mlp
     return _Layer(
         index=index,
@@ -132,5 +134,5 @@ def _joined(parameters: Sequence[Tensor]) -> Tensor:
     return whole
 
 
-def _normed(states: Tensor, norm: nn.Module) -> Tensor:
+def _normed(states: Tensor, norm: Any) -> Tensor:
     return rms_norm(states, norm.weight.shape, norm.weight, norm.variance_epsilon)

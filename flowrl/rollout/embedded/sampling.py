@@ -54,7 +54,7 @@ def uniforms(keys_N: Array, counters_N: Array) -> Array:
 
 
 def penalise(logits_NV: Tensor, penalty_N: Array, tokens_NT: Array, counts_N: Array) -> Tensor:
-    """Logits after the repetition penalty, for responses of which row n has the tokens `tokens_NT[n, : counts_N[n]]`."""
+    """Logits after the repetition penalty. Row n's response has the tokens `tokens_NT[n, : counts_N[n]]` so far."""
     rows = np.flatnonzero((penalty_N != 1) & (counts_N > 0))
     if not len(rows):
         return logits_NV

@@ -1,4 +1,4 @@
-"""What every episode must do, tried on a tiny model behind a real engine. `flowrl check rollout` prints what comes of it.
+"""What every episode must do, tried on a tiny model behind a real engine. `flowrl check rollout` prints the findings.
 
 Each check is one coroutine; it raises `CheckFailed` with what was expected, or returns a line for people.
 """
@@ -26,10 +26,10 @@ from flowrl.rollout.episodes.trajectory import Trajectory
 from flowrl.rollout.failure import Failure
 
 NUM_ROWS = 16
-MAX_TOKENS = 192
+MAX_TOKENS = 96
 MODEL_TOKENS = 2048
 UNDERWAY_S = 0.05
-PATIENCE_S = 30.0
+PATIENCE_S = 10.0
 ALPHABET = "".join(chr(code) for code in range(32, 127)) + "\n"
 
 

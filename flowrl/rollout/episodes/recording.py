@@ -78,8 +78,8 @@ class RecordingEngine:
         if unsaid.any():
             at = int(np.flatnonzero(unsaid)[0])
             return (
-                f"token {at} has mask 1, but the engine did not write it there: tokens, logprobs and versions must be a "
-                "generation's own, behind the very tokens that the engine was given"
+                f"token {at} has mask 1, but the engine did not write it there: tokens, logprobs and versions must be "
+                "a generation's own, behind the very tokens that the engine was given"
             )
         if np.any(trajectory.logprobs[trajectory.mask == 0]):
             return "tokens that the model did not write (mask 0) must have logprobs 0"

@@ -3,7 +3,8 @@
     load_weights(ABORT) -> the engine ends its requests -> each goes on from its own tokens, under the new weights
 
 Tokens, log-probs and versions of before stay as they are; what follows is sampled and computed under the new weights
-alone. Whoever asks for an abort gets one; only those that an update or a pause brings are resumed.
+alone. Whoever asks for an abort gets one; only those that an update or a pause brings are resumed. Stop strings and
+repetition penalties, which look back on a response, are refused.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class ResumingEngine:
         await self.engine.start(path, version)
 
     async def generate(self, request: GenerateRequest) -> Generation:
-        name = request.request_id
+        name, sampling = request.request_id, request.sampling
+        if sampling.stop_strings or sampling.repetition_penalty != 1:
+            raise ValueError("stop_strings, repetition_penalty: look back on a response, which may have to be resumed")
         if name in self._running:
             raise ValueError(f"request_id: {name!r} is running; it must be unique among running requests")
         running = self._running[name] = _Running(request)

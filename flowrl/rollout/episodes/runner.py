@@ -124,11 +124,10 @@ class EpisodeRunner:
         """What keeps it from being trained on."""
         if not isinstance(trajectory, Trajectory):
             return f"returned a {type(trajectory).__name__}, must return a Trajectory"
-        columns = (trajectory.tokens, trajectory.mask, trajectory.logprobs, trajectory.versions)
-        lengths = [len(column) for column in columns]
+        lengths = [len(trajectory.tokens), len(trajectory.mask), len(trajectory.logprobs), len(trajectory.versions)]
         if len(set(lengths)) > 1:
             return f"tokens, mask, logprobs, versions: {lengths} long; must be equally long"
-        if not np.any(trajectory.mask):
+        if not np.asarray(trajectory.mask).any():
             return "mask: holds no 1; the model must have written something"
         if lengths[0] > context.request.sampling.max_tokens:
             return f"tokens: {lengths[0]}; at most rollout.max_tokens={context.request.sampling.max_tokens}"

@@ -13,18 +13,16 @@ _SLACK_SHARE = 0.25
 
 
 class Router:
-    """Servers are numbers from 0. Ties go to the lowest. is_spread: prompts are no reason to prefer a server, so that
-    the samples of one group run on all of them."""
+    """Servers are numbers from 0. Ties go to the lowest."""
 
-    def __init__(self, num_servers: int, is_spread: bool = False) -> None:
+    def __init__(self, num_servers: int) -> None:
         self.num_running = [0] * num_servers
-        self._is_spread = is_spread
         self._known: OrderedDict[Prompt, int] = OrderedDict()
 
     def choose(self, prompt: Prompt) -> int:
         """The server for a request, which counts as running there until `leave`."""
         least = min(range(len(self.num_running)), key=self.num_running.__getitem__)
-        server = least if self._is_spread else self._known.get(prompt, least)
+        server = self._known.get(prompt, least)
         limit = self.num_running[least] * (1 + _SLACK_SHARE) + _SLACK_REQUESTS
         if self.num_running[server] > limit:
             server = least

@@ -25,7 +25,6 @@ def generate_body(request: GenerateRequest, rid: str, extra_key: str) -> Generat
             top_p=sampling.top_p,
             top_k=sampling.top_k or -1,
             min_p=sampling.min_p,
-            repetition_penalty=sampling.repetition_penalty,
             stop_token_ids=sampling.stop_token_ids,
             ignore_eos=not sampling.stop_token_ids,
             sampling_seed=sampling.seed,

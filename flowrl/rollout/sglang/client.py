@@ -27,7 +27,6 @@ class SamplingBody(msgspec.Struct, frozen=True, kw_only=True):
     top_p: float
     top_k: int
     min_p: float
-    repetition_penalty: float
     stop_token_ids: tuple[int, ...]
     ignore_eos: bool
     sampling_seed: int | None

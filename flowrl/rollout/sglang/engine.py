@@ -44,7 +44,7 @@ class SGLangCapabilities(Capabilities):
 class SGLangEngine:
     """With `urls` the engine uses servers that run already (they hold the weights of this engine alone and see its file
     system); otherwise `start` launches `servers` of them. Each request goes to the least loaded, or to the one that has
-    its prompt unless `is_spread`. The other arguments are those of `ServerSettings`."""
+    its prompt. The other arguments are those of `ServerSettings`."""
 
     _fleet: Fleet | None
     _flights: Flights
@@ -71,7 +71,6 @@ class SGLangEngine:
         load_timeout_s: float = 600.0,
         urls: Sequence[str] = (),
         servers: int = 1,
-        is_spread: bool = False,
     ) -> None:
         if servers < 1 or (servers > 1 and port):
             raise ValueError(f"servers: {servers}; at least 1, and of several each chooses its own port (port={port})")
@@ -89,7 +88,6 @@ class SGLangEngine:
             )
             for log in logs
         ]
-        self._is_spread = is_spread
         self._load_timeout_s = load_timeout_s
         self._urls = tuple(urls)
         self._control = asyncio.Lock()
@@ -123,7 +121,7 @@ class SGLangEngine:
                 await self._resume()
             else:
                 await fleet.launch(self._settings, path, version)
-            self._router = Router(len(fleet.clients()), self._is_spread)
+            self._router = Router(len(fleet.clients()))
             infos = await fleet.infos()
         except BaseException:
             await self.close()
@@ -209,6 +207,11 @@ class SGLangEngine:
             raise ValueError(f"tokens: none in request {request.request_id!r}; a prompt has at least one")
         if min(request.tokens) < 0 or max(request.tokens) >= num_ids:
             raise ValueError(f"tokens: {request.tokens}; each must be in [0, {num_ids}), the model's vocabulary")
+        if request.sampling.repetition_penalty != 1:
+            raise ValueError(
+                f"repetition_penalty: {request.sampling.repetition_penalty}; must be 1 with SGLang, whose log-probs "
+                "are then not those of the distribution it samples from"
+            )
         if request.sampling.stop_strings:
             self._read()
         if wanted > longest:

@@ -1,0 +1,75 @@
+"""What a run's directory says of its lives, and what a later life may change."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flowrl.config import Recipe, load
+from flowrl.record import run_directory
+from flowrl.record.lives import Life, lives, newest_checkpoint, next_life, note_life
+from tests.integration.runs import ROOT
+
+
+def recipe(directory: Path, *overrides: str) -> Recipe:
+    return load(ROOT / "recipes/quickstart.yaml", [f"run.dir={directory}", "run.name=x", *overrides])
+
+
+def begin(directory: Path, checkpoints: tuple[int, ...] = ()) -> Path:
+    """A run in its first life, with metrics of five updates."""
+    run, _ = run_directory.create(recipe(directory), 0)
+    note_life(run, Life(number=0))
+    for step in checkpoints:
+        (run / "checkpoints" / f"step_{step}").mkdir(parents=True)
+    reports = [{"t": 0.5, "step": None, "worker": "train.0.0"}] + [{"t": step, "step": step} for step in range(1, 6)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(report) + "\n" for report in reports) + '{"torn')
+    return run
+
+
+def test_a_life_begins_at_the_newest_whole_checkpoint(tmp_path: Path) -> None:
+    run = begin(tmp_path, (2, 4))
+    (run / "checkpoints" / ".new-step_6").mkdir()
+    assert next_life(recipe(tmp_path), run, 0) == Life(number=1, step=4, restore_from="checkpoints/step_4")
+    assert [life["step"] for life in lives(run)] == [0, 4]
+    assert next_life(recipe(tmp_path), run, 0).number == 2
+
+
+def test_without_a_checkpoint_it_begins_anew(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    (run / "warm_start").mkdir()
+    assert newest_checkpoint(run) == (0, "")
+    assert next_life(recipe(tmp_path), run, 0) == Life(number=1)
+    assert not (run / "warm_start").exists()
+
+
+def test_metrics_keep_only_the_updates_that_count(tmp_path: Path) -> None:
+    run = begin(tmp_path, (2,))
+    next_life(recipe(tmp_path), run, 0)
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [None, 1, 2]
+
+
+def test_where_a_run_goes_on_may_change_and_its_recipes_are_kept(tmp_path: Path) -> None:
+    run = begin(tmp_path, (2,))
+    changed = recipe(tmp_path, "train.steps=2000", "rollout.concurrency=7", "pools.rollout.workers=3")
+    next_life(changed, run, 0)
+    assert load(run / "recipe.yaml") == changed
+    assert load(run / "recipe.life0.yaml") == recipe(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "override", ["train.learning_rate=1.0", "staleness.max=4", "algorithm.clip_low=0.1", "data.seed=3"]
+)
+def test_what_a_run_computes_may_not_change(tmp_path: Path, override: str) -> None:
+    run = begin(tmp_path, (2,))
+    name, _, value = override.partition("=")
+    with pytest.raises(ValueError, match=rf"^{name}: '?{value}'?; the run to be resumed has"):
+        next_life(recipe(tmp_path, override), run, 0)
+    assert len(lives(run)) == 1
+
+
+def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"run\.name: 'x'; .* holds no run to resume"):
+        next_life(recipe(tmp_path), tmp_path / "x", 0)

@@ -1,0 +1,166 @@
+"""One trainer rank: `python -m tests.weights.rank_process CASE RANK SIZE MODEL_DIR OUT_DIR`.
+
+Ranks meet at a file; FSDP2 shards; rank 0 has the store. What each case leaves in OUT_DIR, the test judges.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from flowrl.weights.publish import Publisher
+from flowrl.weights.store import WeightStore
+from tests.weights.versions import WORDS
+
+NUM_VERSIONS = 6
+
+
+class Layer(nn.Module):
+    """Rows that divide unevenly, fewer rows than ranks, one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Parameter(torch.zeros(7, 5))
+        self.norm = nn.Parameter(torch.zeros(4))
+        self.one = nn.Parameter(torch.zeros(1, 3))
+
+
+class Model(nn.Module):
+    """Two layers and embeddings that are tied, sharded as a language model is. Starts sooner than transformers does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 3)
+        self.layers = nn.ModuleList([Layer(), Layer()])
+        self.head = nn.Linear(3, 11, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+def sharded(model_dir: Path, size: int) -> nn.Module:
+    model = Model()
+    model.load_state_dict(load_file(model_dir / "model.safetensors"), strict=False)
+    mesh = init_device_mesh("cpu", (size,))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def publisher_of(lm: nn.Module, rank: int, model_dir: Path, out: Path, is_pooled: bool = True) -> Publisher:
+    store = WeightStore(out / "weights", 2) if rank == 0 else None
+    return Publisher(lm, model_dir, store, "bfloat16", is_pooled=is_pooled)
+
+
+def equal_case(rank: int, size: int, model_dir: Path, out: Path) -> None:
+    """Versions, pooled and not, beside the gathered weights."""
+    lm = sharded(model_dir, size)
+    for is_pooled in (True, False):
+        publisher = publisher_of(lm, rank, model_dir, out / str(is_pooled), is_pooled)
+        if is_pooled:
+            publisher.check_names()
+        for version in range(NUM_VERSIONS):
+            with torch.no_grad():
+                for parameter in lm.parameters():
+                    parameter.mul_(1.5)
+            publisher.publish(version)
+        publisher.close()
+        state = {name: tensor.to(torch.bfloat16) for name, tensor in publisher.full_state().items()}
+        if rank == 0:
+            save_file(state, out / str(is_pooled) / "gathered.safetensors")
+
+
+def failure_case(rank: int, size: int, model_dir: Path, out: Path) -> None:
+    """The last rank cannot write version 1; version 2 goes well again."""
+    publisher = publisher_of(sharded(model_dir, size), rank, model_dir, out)
+    publisher.publish(0)
+    writer = publisher._writer
+    assert writer is not None
+    write = writer.write
+    if rank == size - 1:
+
+        def failing(tensors: object) -> None:
+            raise OSError("the memory of this rank is broken")
+
+        writer.write = failing  # type: ignore[method-assign]
+    try:
+        publisher.publish(1)
+    except (OSError, RuntimeError) as error:
+        (out / f"error-{rank}").write_text(str(error))
+    (out / f"after-{rank}").write_text(str(WeightStore(out / "weights", 2).versions()))
+    dist.barrier()
+    writer.write = write  # type: ignore[method-assign]
+    publisher.publish(2)
+    publisher.close()
+
+
+def killed_case(rank: int, size: int, model_dir: Path, out: Path) -> None:
+    """The last rank dies in the middle of version 1."""
+    publisher = publisher_of(sharded(model_dir, size), rank, model_dir, out)
+    publisher.publish(0)
+    writer = publisher._writer
+    assert writer is not None
+    if rank == size - 1:
+        writer.write = lambda tensors: os._exit(9)  # type: ignore[method-assign]
+    try:
+        publisher.publish(1)
+    except RuntimeError as error:
+        (out / f"error-{rank}").write_text(str(error))
+
+
+def differing_case(rank: int, size: int, model_dir: Path, out: Path) -> None:
+    lm = sharded(model_dir, size)
+    publisher = publisher_of(lm, rank, model_dir, out)
+    if rank:
+        publisher = Publisher(lm, model_dir, None, "float32")
+    try:
+        publisher.publish(0)
+    except RuntimeError as error:
+        (out / f"error-{rank}").write_text(str(error))
+
+
+class Words(nn.Module):
+    """Tensors that are full of one number, sharded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.ParameterList([nn.Parameter(torch.zeros(shape)) for shape in WORDS.values()])
+
+
+def race_case(rank: int, size: int, model_dir: Path, out: Path) -> None:
+    """As many versions as RACES says, each full of its own number, while a reader maps them."""
+    words = Words()
+    fully_shard(words, mesh=init_device_mesh("cpu", (size,)))
+    store = WeightStore(out / "weights", 3) if rank == 0 else None
+    publisher = Publisher(words, model_dir, store, "float32")
+    shards = list(publisher._locals().values())
+    for version in range(int(os.environ["RACES"]) + 1):
+        for shard in shards:
+            shard.fill_(float(version))
+        publisher.publish(version)
+    if rank == 0:
+        (out / "last").write_text(str(version))
+    dist.barrier()
+    publisher.close()
+
+
+def main(case: str, rank: int, size: int, model_dir: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(out / "meeting"), size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    try:
+        globals()[f"{case}_case"](rank, size, model_dir, out)
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), Path(sys.argv[5]))

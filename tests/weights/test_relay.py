@@ -1,0 +1,296 @@
+"""Versions reach nodes that do not write them, byte for byte, and no node sends a byte twice."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flowrl.weights import relay as relay_module
+from flowrl.weights import transfer as transfer_module
+from flowrl.weights.buffers import WEIGHTS_FILE
+from flowrl.weights.delta import Encoding, decode, digest, encode
+from flowrl.weights.pool import BufferPool
+from flowrl.weights.relay import Relay
+from flowrl.weights.relay_wire import NO_BASE, Given
+from flowrl.weights.slices import Holdings, Slice, giver
+from flowrl.weights.store import WeightStore, reading
+from flowrl.weights.transfer import Transfer, TransferFailed
+
+NUM_BYTES = 300_000
+SLICE = 16_384
+RNG = np.random.default_rng(0)
+
+
+class File:
+    header = b""
+    num_bytes = NUM_BYTES
+
+
+class Node:
+    """A node with a relay in a thread. ranges: what its trainer ranks write, if it has any."""
+
+    def __init__(self, root: Path, number: int, holdings: Holdings, serving: list[int], **settings: object) -> None:
+        self.number = number
+        self.ranges = holdings.ranges.get(number)
+        self.store = WeightStore(root / f"{number}", 3)
+        is_whole = len(holdings.ranges) == 1
+        self.written = self.store if is_whole else WeightStore(root / f"{number}-written", 3)
+        self.all: list[Node] = []
+        self.pool = BufferPool(self.written, File(), [], self.tell) if self.ranges else None
+        self.shown: list[int] = []
+        self.error: Exception | None = None
+        self.relay = Relay(
+            node=number,
+            serving=serving,
+            store=self.store,
+            written=self.written if self.ranges else None,
+            companions=[],
+            bind=f"ipc://{root}/relay-{number}",
+            on_published=lambda version, path: self.shown.append(version),
+            **settings,  # type: ignore[arg-type]
+        )
+        self.relay.hold(holdings)
+        self.thread = threading.Thread(target=self.run, daemon=True)
+
+    def tell(self, version: int, path: Path) -> None:
+        """As the trainer announces a version that can be read."""
+        for node in self.all:
+            node.relay.written(self.number, version)
+
+    def run(self) -> None:
+        try:
+            self.relay.run()
+        except Exception as error:
+            self.error = error
+
+    def write(self, version: int, data: np.ndarray) -> None:
+        assert self.pool is not None and self.ranges is not None
+        buffer = self.pool.begin()
+        file = buffer.bytes.numpy()
+        for begin, end in self.ranges:
+            file[begin:end] = data[begin:end]
+        self.pool.commit(buffer, version, "")
+
+    def read(self, version: int) -> bytes:
+        return (self.store.path(version) / WEIGHTS_FILE).read_bytes()
+
+
+@contextmanager
+def cluster(root: Path, holdings: Holdings, num_nodes: int, **settings: object) -> Iterator[list[Node]]:
+    """Short paths: sockets have room for 107 characters."""
+    nodes = [Node(root, number, holdings, list(range(num_nodes)), **settings) for number in range(num_nodes)]
+    for node in nodes:
+        node.all = nodes
+        for other in nodes:
+            node.relay.connect(other.number, other.relay.endpoint)
+        node.thread.start()
+    try:
+        yield nodes
+    finally:
+        for node in nodes:
+            node.relay.stop()
+            node.thread.join(20)
+            if node.pool is not None:
+                node.pool.close()
+            assert not node.thread.is_alive()
+
+
+@pytest.fixture(autouse=True)
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Holdings.slices
+    monkeypatch.setattr(Holdings, "slices", lambda self: whole(self, SLICE))
+
+
+def publish(nodes: list[Node], version: int, data: np.ndarray) -> None:
+    for node in nodes:
+        if node.ranges:
+            node.write(version, data)
+
+
+def wait_for(nodes: list[Node], version: int) -> None:
+    deadline = time.monotonic() + 30
+    for node in nodes:
+        while version not in node.shown:
+            assert node.error is None, node.error
+            assert time.monotonic() < deadline, f"node {node.number} has {node.shown}, not {version}"
+            time.sleep(0.002)
+
+
+def random_bytes() -> np.ndarray:
+    return RNG.integers(0, 256, NUM_BYTES, dtype=np.uint8)
+
+
+def slightly_changed(data: np.ndarray) -> np.ndarray:
+    """One low byte in a hundred words of two, as a small learning rate leaves bfloat16."""
+    changed = data.copy()
+    changed[RNG.choice(NUM_BYTES // 2, NUM_BYTES // 200, replace=False) * 2] ^= 1
+    return changed
+
+
+WHOLE = Holdings.of([0], [[(0, NUM_BYTES)]], NUM_BYTES)
+PARTS = Holdings.of([0, 1], [[(0, 70_001), (200_000, NUM_BYTES)], [(70_001, 200_000)]], NUM_BYTES)
+
+
+def test_node_without_trainer_ranks_gets_every_byte(tmp_path: Path) -> None:
+    with cluster(tmp_path, WHOLE, 2) as nodes:
+        for version in range(6):
+            data = random_bytes()
+            publish(nodes, version, data)
+            wait_for(nodes[1:], version)
+            assert nodes[1].read(version) == data.tobytes()
+        assert nodes[0].shown == []
+
+
+def test_source_sends_each_byte_once_to_any_number_of_nodes(tmp_path: Path) -> None:
+    with cluster(tmp_path, WHOLE, 4, delta=False) as nodes:
+        data = random_bytes()
+        publish(nodes, 0, data)
+        wait_for(nodes[1:], 0)
+        for node in nodes[1:]:
+            assert node.read(0) == data.tobytes()
+        assert nodes[0].relay.sent_bytes == NUM_BYTES
+        assert sum(node.relay.sent_bytes for node in nodes) == 3 * NUM_BYTES
+
+
+def test_nodes_that_write_parts_complete_each_other(tmp_path: Path) -> None:
+    with cluster(tmp_path, PARTS, 3) as nodes:
+        data = random_bytes()
+        for version in range(4):
+            data = slightly_changed(data)
+            publish(nodes, version, data)
+            wait_for(nodes, version)
+            assert {node.read(version) for node in nodes} == {data.tobytes()}
+
+
+def test_changes_are_few_bytes_and_anchors_are_whole(tmp_path: Path) -> None:
+    with cluster(tmp_path, WHOLE, 3, anchor_every=3) as nodes:
+        data, sent = random_bytes(), []
+        for version in range(7):
+            before = nodes[0].relay.sent_bytes
+            publish(nodes, version, data)
+            wait_for(nodes[1:], version)
+            sent.append(nodes[0].relay.sent_bytes - before)
+            assert {node.read(version) for node in nodes} == {data.tobytes()}
+            data = slightly_changed(data)
+        assert [count == NUM_BYTES for count in sent] == [True, False, False, True, False, False, True]
+        assert max(sent[index] for index in (1, 2, 4, 5)) < NUM_BYTES // 20
+
+
+def test_unchanged_version_costs_no_payload(tmp_path: Path) -> None:
+    with cluster(tmp_path, WHOLE, 2) as nodes:
+        data = random_bytes()
+        for version in range(2):
+            publish(nodes, version, data)
+            wait_for(nodes[1:], version)
+        assert nodes[0].relay.sent_bytes == NUM_BYTES
+        assert nodes[1].read(1) == data.tobytes()
+
+
+def test_newest_version_arrives_while_engines_hold_old_ones(tmp_path: Path) -> None:
+    with cluster(tmp_path, WHOLE, 2) as nodes:
+        data = random_bytes()
+        publish(nodes, 0, data)
+        wait_for(nodes[1:], 0)
+        with reading(nodes[1].store.path(0)):
+            for version in range(1, 12):
+                data = slightly_changed(data)
+                publish(nodes, version, data)
+            wait_for(nodes[1:], 11)
+            assert nodes[1].read(11) == data.tobytes()
+
+
+def test_relay_speaks_curve_with_those_who_know_the_secret(tmp_path: Path) -> None:
+    with cluster(tmp_path, WHOLE, 2, secret="one for all") as nodes:
+        data = random_bytes()
+        publish(nodes, 0, data)
+        wait_for(nodes[1:], 0)
+        assert nodes[1].read(0) == data.tobytes()
+
+
+def test_holder_that_never_answers_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay_module, "_OPEN_TIMEOUT_S", 0.5)
+    with cluster(tmp_path, WHOLE, 2) as nodes:
+        nodes[0].relay.stop()
+        nodes[0].thread.join(20)
+        nodes[1].relay.written(0, 0)
+        nodes[1].thread.join(20)
+        assert isinstance(nodes[1].error, TransferFailed)
+        assert "nodes [0] have not opened version 0" in str(nodes[1].error)
+
+
+def slices_of(data: np.ndarray) -> list[Slice]:
+    return [Slice(0, ((begin, min(begin + 100, len(data))),)) for begin in range(0, len(data), 100)]
+
+
+def given_of(data: np.ndarray, index: int, payload: np.ndarray) -> tuple[Given, bytes]:
+    whole = data[index * 100 : index * 100 + 100]
+    return Given(1, index, Encoding.WHOLE, NO_BASE, digest(whole)), payload.tobytes()
+
+
+def test_broken_slice_is_asked_for_again_and_a_second_time_it_fails() -> None:
+    data = RNG.integers(0, 256, 300, dtype=np.uint8)
+    into = np.zeros_like(data)
+    transfer = Transfer(1, slices_of(data), 1, [1], None, into)
+    assert [(wanted.giver, wanted.ask.index) for wanted in transfer.asks()] == [(0, 0), (0, 1), (0, 2)]
+    broken = data[:100] ^ 1
+    (again,) = transfer.given(*given_of(data, 0, broken))
+    assert again.ask.index == 0 and not transfer.has(0)
+    assert transfer.given(*given_of(data, 0, data[:100])) == [] and transfer.has(0)
+    transfer.given(*given_of(data, 1, data[100:150]))
+    with pytest.raises(TransferFailed, match="node 0 gave slice 1 of version 1 broken, twice"):
+        transfer.given(*given_of(data, 1, data[100:150]))
+
+
+def test_owner_is_asked_when_a_fellow_is_late_or_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer_module, "FELLOW_TIMEOUT_S", 0.0)
+    data = RNG.integers(0, 256, 400, dtype=np.uint8)
+    transfer = Transfer(1, slices_of(data), 1, [1, 2], None, np.zeros_like(data))
+    givers = {wanted.ask.index: wanted.giver for wanted in transfer.asks()}
+    assert givers == {0: 0, 1: 2, 2: 0, 3: 2}
+    assert {wanted.giver for wanted in transfer.gone(1)} == {0}
+    time.sleep(0.01)
+    assert [(wanted.giver, wanted.ask.index) for wanted in transfer.overdue()] == [(0, 3)]
+    with pytest.raises(TransferFailed, match="node 0 has version 1 no longer"):
+        transfer.gone(0)
+
+
+@pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 4096, 4099])
+def test_changes_unpack_to_the_new_bytes_and_are_never_longer(length: int) -> None:
+    base = RNG.integers(0, 256, length, dtype=np.uint8)
+    few = base.copy()
+    few[: length // 50] ^= 3
+    for new in (base, few, RNG.integers(0, 256, length, dtype=np.uint8)):
+        encoding, payload = encode(new, base)
+        assert len(payload) <= length
+        assert (decode(encoding, bytes(payload), base, length) == new).all()
+
+
+@pytest.mark.parametrize("payload", [b"", b"nonsense", encode(np.ones(50, np.uint8), np.zeros(50, np.uint8))[1]])
+def test_changes_that_cannot_be_are_refused(payload: bytes) -> None:
+    with pytest.raises(ValueError, match="changes"):
+        decode(Encoding.CHANGES, payload, np.zeros(4096, np.uint8), 4096)
+
+
+def test_each_receiver_has_one_first_giver_and_the_owner_gives_once() -> None:
+    for needy in ([1, 2, 3], [0, 1, 2], [5]):
+        for index in range(12):
+            owner = 0
+            receivers = [node for node in needy if node != owner]
+            from_owner = [node for node in receivers if giver(index, owner, needy, node) == owner]
+            assert len(from_owner) == 1
+            assert {giver(index, owner, needy, node) for node in receivers} <= {owner, from_owner[0]}
+
+
+def test_holdings_with_a_gap_or_an_overlap_are_refused() -> None:
+    with pytest.raises(ValueError, match="byte 10 of a version is held by no node"):
+        Holdings.of([0, 1], [[(0, 10)], [(20, 30)]], 30).slices()
+    with pytest.raises(ValueError, match="byte 5 of a version is held by two nodes"):
+        Holdings.of([0, 1], [[(0, 10)], [(5, 30)]], 30).slices()
+    with pytest.raises(ValueError, match="hold 10 bytes of a version that has 30"):
+        Holdings.of([0], [[(0, 10)]], 30).slices()
