@@ -394,7 +394,7 @@ def _is_closed(answer: Answer) -> bool:
 
 
 def _merge(answers: Sequence[Answer]) -> Taken:
-    """The rows of several shards in one. Where only some have an optional column, the rows of others have length 0."""
+    """The rows of several shards in one."""
     parts = [
         Rows(answer.reply.keys, answer.columns, answer.reply.versions)
         for answer in answers
@@ -403,9 +403,4 @@ def _merge(answers: Sequence[Answer]) -> Taken:
     closed = any(_is_closed(answer) for answer in answers)
     if len(parts) < 2:
         return Taken(parts[0] if parts else Rows([], {}), closed)
-    known = {name: column for part in parts for name, column in part.columns.items()}
-    for part in parts:
-        for name, column in known.items():
-            if name not in part:
-                part.columns[name] = Column.empty_rows(len(part), column.values.dtype)
     return Taken(Rows.concatenate(parts), closed)

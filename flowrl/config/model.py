@@ -37,7 +37,7 @@ class ModelInitConfig:
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
     """Train adapters of this rank and nothing else. alpha: the adapters' product counts alpha/rank times. targets: the
-    last parts of the names of linear modules in the layers (`q_proj`); null for all. seed: of the adapters' first values."""
+    last parts of the names of linear modules in the layers (`q_proj`); null for all. seed: of the first values."""
 
     rank: int = 16
     alpha: float = 32.0

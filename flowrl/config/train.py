@@ -91,8 +91,8 @@ class TrainConfig:
 @dataclass(frozen=True, kw_only=True)
 class CriticConfig:
     """The value model of algorithms that have one. path: where its backbone starts, null for `model.path`; the rest of
-    its training (steps, schedule, clipping, dtype, micro-batches) is that of `train`. value_clip: how far a value may move
-    from the one at the start of the update before its loss is clipped; null turns that off."""
+    its training (steps, schedule, clipping, dtype, micro-batches) is that of `train`. value_clip: how far a value may
+    move from the one at the start of the update before its loss is clipped; null turns that off."""
 
     path: str | None = None
     learning_rate: float = 1e-5

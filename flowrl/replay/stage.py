@@ -25,7 +25,7 @@ from flowrl.replay.lineage import Lineage, RecordedUpdate
 from flowrl.replay.record import RECORD_DIR, digests
 from flowrl.stages.train import TrainStage
 from flowrl.trainer import checkpoint
-from flowrl.trainer.world import World, join
+from flowrl.trainer.world import World, any_rank, join
 from flowrl.weights.place import Route
 from transfer_queue.client import QueueClient
 from transfer_queue.rows import RowKey, Rows
@@ -73,15 +73,6 @@ class ReplayedTraining(TrainStage):
         if names and self.divergence is None:
             self.divergence = {"update": recorded.number, "parameters": names, "of": len(recorded.digests)}
         return any_rank(bool(names), self.world)
-
-
-def any_rank(flag: bool, world: World) -> bool:
-    import torch
-    import torch.distributed as dist
-
-    total = torch.tensor([int(flag)], device=world.device)
-    dist.all_reduce(total)
-    return bool(total.item())
 
 
 class NoController:

@@ -74,3 +74,10 @@ def join(
         yield World(rank=rank, size=world_size, device=torch_device, mesh=mesh)
     finally:
         dist.destroy_process_group()
+
+
+def any_rank(flag: bool, world: World) -> bool:
+    """On every rank: whether it holds on any."""
+    total = torch.tensor([int(flag)], device=world.device)
+    dist.all_reduce(total)
+    return bool(total.item())

@@ -64,9 +64,13 @@ def decode(encoding: Encoding, payload: memoryview | bytes, base: np.ndarray | N
 def _into_planes(data: np.ndarray) -> np.ndarray:
     """First bytes of all words, then second ones, and so on; what is no whole word at the end."""
     whole = len(data) // _PLANES * _PLANES
-    return np.concatenate([data[:whole].reshape(-1, _PLANES).T.reshape(-1), data[whole:]])
+    return np.concatenate([*(data[plane:whole:_PLANES] for plane in range(_PLANES)), data[whole:]])
 
 
 def _from_planes(planes: np.ndarray) -> np.ndarray:
-    whole = len(planes) // _PLANES * _PLANES
-    return np.concatenate([planes[:whole].reshape(_PLANES, -1).T.reshape(-1), planes[whole:]])
+    each = len(planes) // _PLANES
+    data = np.empty_like(planes)
+    for plane in range(_PLANES):
+        data[plane : each * _PLANES : _PLANES] = planes[plane * each : (plane + 1) * each]
+    data[each * _PLANES :] = planes[each * _PLANES :]
+    return data

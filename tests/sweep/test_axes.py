@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowrl.sweep.axes import Span, grid, parse_axes, parse_axis, split_values
@@ -32,6 +32,7 @@ def test_commas_inside_brackets_and_quotes_separate_nothing(written: str, values
     assert split_values("field", written) == values
 
 
+@settings(deadline=None)
 @given(st.lists(st.text("abc019.-", min_size=1).map(lambda text: text.replace("..", ".")), min_size=1, unique=True))
 def test_plain_values_come_back_as_they_were(values: list[str]) -> None:
     assert split_values("field", ",".join(values)) == values

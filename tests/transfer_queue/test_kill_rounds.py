@@ -14,7 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,11 @@ class ServedShard:
         self.process.terminate()
         assert self.wait() == 0
 
+    def close(self) -> None:
+        """After a test that failed."""
+        if self.process.poll() is None:
+            self.kill()
+
     def wait(self) -> int:
         try:
             return self.process.wait(PATIENCE_S)
@@ -169,8 +174,9 @@ class ServedShard:
 @pytest.fixture
 def endpoint(tmp_path: Path) -> Iterator[str]:
     shard = ServedShard(tmp_path, segment_dir=str(tmp_path / "segments"))
-    yield shard.endpoint
-    shard.end()
+    with closing(shard):
+        yield shard.endpoint
+        shard.end()
     assert not list((tmp_path / "segments").iterdir()), "nothing is left in memory"
 
 
@@ -212,6 +218,7 @@ def test_a_shard_on_disk_that_is_killed_loses_no_row_that_was_put(tmp_path: Path
     dice = random.Random(SEED + 1)
     shard = ServedShard(tmp_path, durable_dir=str(tmp_path / "durable"))
     with ExitStack() as stack:
+        stack.callback(shard.close)
         peers = Peers(shard.endpoint)
         stack.callback(peers.close)
         client = QueueClient(shard.endpoint, timeout_s=PATIENCE_S)
@@ -232,8 +239,8 @@ def test_a_shard_on_disk_that_is_killed_loses_no_row_that_was_put(tmp_path: Path
         finish(client, trainer)
         check_end(client, trainer, peers)
         client.close()
+        shard.end()
         print(f"{max(1, ROUNDS // 2)} shards killed, {trainer.update} updates")
-    shard.end()
 
 
 def check_end(client: QueueClient, trainer: Trainer, peers: Peers) -> None:
