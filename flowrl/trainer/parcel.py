@@ -27,7 +27,7 @@ class Parcel(msgspec.Struct, frozen=True, array_like=True):
             name: ColumnBytes(column.values.dtype.str, column.values.tobytes(), column.offsets.tobytes())
             for name, column in rows.columns.items()
         }
-        return cls(rows.keys, columns, [int(version) for version in rows.versions])
+        return cls(list(rows.keys), columns, [int(version) for version in rows.versions])
 
     def rows(self) -> Rows:
         """With columns that are views of the bytes."""

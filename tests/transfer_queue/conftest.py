@@ -20,7 +20,7 @@ from transfer_queue.core import Columns
 from transfer_queue.rows import Column, RowKey
 from transfer_queue.server import QueueServer
 from transfer_queue.shard import Shard
-from transfer_queue.spans import Keys, spans_of
+from transfer_queue.spans import spans_of
 from transfer_queue.staleness import Accounts
 
 CONSUMERS = {
