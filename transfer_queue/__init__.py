@@ -4,7 +4,8 @@ A shard is a `QueueServer` (it owns a ledger, storage and a `Clock`); producers 
 through a `QueueClient` or an `AsyncQueueClient`.
 """
 
-from transfer_queue.client import AsyncQueueClient, QueueClient
+from transfer_queue.async_client import AsyncQueueClient
+from transfer_queue.client import QueueClient
 from transfer_queue.clock import Clock, LocalClock, RemoteClock
 from transfer_queue.config import ConsumerSpec, QueueConfig
 from transfer_queue.errors import (

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transfer_queue.clock import Clock
 from transfer_queue.errors import WireError
+from transfer_queue.inspection import outstanding
 from transfer_queue.journal import Journal, Past
 from transfer_queue.ledger import Ledger
 from transfer_queue.records import (
@@ -147,8 +148,8 @@ class Durability:
         return group
 
     def _outstanding(self) -> dict[int, int]:
-        outstanding: dict[int, int] = {}
+        total: dict[int, int] = {}
         for partition in self._ledger.partitions.values():
-            for deadline, rows in self._ledger.outstanding(partition).items():
-                outstanding[deadline] = outstanding.get(deadline, 0) + rows
-        return outstanding
+            for deadline, rows in outstanding(partition).items():
+                total[deadline] = total.get(deadline, 0) + rows
+        return total

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from transfer_queue.errors import QueueError
 from transfer_queue.rows import Column, RowKey
 
 GATHER_BYTES = 64 << 10
@@ -73,3 +74,16 @@ def batches(parts: Sequence[Part]) -> list[list[int]]:
             num_bytes, num_rows = part.num_bytes, len(part.keys)
         together[-1].append(position)
     return together
+
+
+def part_of(keys: Sequence[RowKey], columns: Mapping[str, Column], versions: Sequence[int] | None) -> Part:
+    if versions is not None and len(versions) != len(keys):
+        raise ValueError(f"versions: {len(versions)} for {len(keys)} rows; one a row")
+    return Part(keys, columns, versions if versions is not None else ())
+
+
+def count_or_raise(outcomes: Sequence[int | QueueError]) -> int:
+    for outcome in outcomes:
+        if isinstance(outcome, QueueError):
+            raise outcome
+    return sum(outcome for outcome in outcomes if isinstance(outcome, int))

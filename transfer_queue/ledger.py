@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import and_, or_
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transfer_queue.config import MAX_COLUMNS, ConsumerSpec
 from transfer_queue.cursor import Cursor
@@ -388,54 +388,6 @@ class Ledger:
         if len(self._columns) > MAX_COLUMNS:
             self._columns.difference_update(names)
             raise RowRefused(f"columns: {list(names)}; at most {MAX_COLUMNS} names")
-
-    def describe(self, now: float) -> dict[str, Any]:
-        """Counts by consumer and partition. Walks the live rows; consumes nothing."""
-        partitions = {
-            partition.name: {
-                "groups": len(partition.groups),
-                "rows_unfinished": sum(group.size - group.filled.bit_count() for group in partition.groups.values()),
-                "to_reserve_anew": sum(map(len, partition.again.values())),
-                "next_group": partition.next_group,
-                "group_stride": partition.group_stride,
-                "group_size": partition.group_size,
-                "open": partition.open_groups(),
-                "outstanding": self.outstanding(partition),
-                "oldest_s": max((now - group.born_s for group in partition.groups.values()), default=0.0),
-            }
-            for partition in self.partitions.values()
-        }
-        consumers = {lane.name: self._describe_lane(lane) for lane in self.lanes.values()}
-        return {
-            "partitions": partitions,
-            "consumers": consumers,
-            "ended": dict(self.ended),
-            "promised_bytes": self.promised_bytes,
-        }
-
-    @staticmethod
-    def outstanding(partition: Partition) -> dict[int, int]:
-        """Rows by deadline that the staleness accounts count for this shard: reserved or ready, in no update."""
-        rows: Counter[int] = Counter()
-        for group in partition.groups.values() if partition.training is not None else ():
-            if group.claim in (None, PENDING):
-                rows[group.deadline] += group.size
-        return dict(rows)
-
-    def _describe_lane(self, lane: Lane) -> dict[str, int]:
-        reserved = ready = leased = 0
-        for group in self.partitions[lane.spec.partition].groups.values():
-            progress = group.progress[lane.position]
-            reserved += group.size - progress.begun.bit_count()
-            ready += progress.ready.bit_count()
-            leased += progress.leased.bit_count()
-        return {
-            "reserved": reserved,
-            "ready": ready,
-            "leased": leased,
-            "done": lane.done,
-            "redelivered": lane.redelivered,
-        }
 
 
 def _check_versions(group: Group, span: Span, fresh: int, versions: Sequence[int]) -> None:

@@ -17,6 +17,7 @@ from transfer_queue.config import QueueConfig
 from transfer_queue.core import Columns, Core, Events, Send
 from transfer_queue.delivery import Delivery
 from transfer_queue.errors import QueueClosed, QueueError, RowRefused
+from transfer_queue.inspection import describe
 from transfer_queue.lateness import Lateness
 from transfer_queue.saved import save
 from transfer_queue.segments import PrivateSpace
@@ -138,7 +139,7 @@ class Shard:
             {"verb": type(waiter.request).__name__.lower(), "who": _who(waiter.request), "for": waiter.waits_for}
             for waiter in core.waiters
         ]
-        return core.ledger.describe(core.now) | {
+        return describe(core.ledger, core.now) | {
             "clock": {
                 "version": state.version,
                 "filled": state.filled,

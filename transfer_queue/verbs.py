@@ -16,11 +16,10 @@ from transfer_queue import wire
 from transfer_queue.errors import QueueError, QueueTimeout, RowRefused, WireError, error_named
 from transfer_queue.frames import check_put_bytes
 from transfer_queue.gathering import Part, batches, join
-from transfer_queue.reader import SegmentReader
+from transfer_queue.near import Near
 from transfer_queue.rows import Column, RowKey, Rows
 from transfer_queue.segments import SharedSpace
 from transfer_queue.spans import Span, spans_of
-from transfer_queue.writer import SegmentWriter
 
 R = TypeVar("R")
 
@@ -60,24 +59,6 @@ Verb = Generator[Send | Hear, Answer | None, R]
 
 CANCEL_S = 2.0
 """How long a take that has its rows waits for shards that it has told to stop waiting."""
-
-
-class Near:
-    """What a client has of a shard on its own node: it writes and reads the rows by itself."""
-
-    def __init__(self, space: SharedSpace, number: int) -> None:
-        space.enter_writer(number)
-        self._space = space
-        self._number = number
-        self.writer = SegmentWriter(space, number)
-        self.reader = SegmentReader(space)
-
-    def write(self, columns: Mapping[str, Column], num_rows: int) -> wire.Placed:
-        segment, places = self.writer.write(columns)
-        return wire.Placed(segment.name, segment.generation, num_rows, places)
-
-    def close(self) -> None:
-        self._space.leave_writer(self._number)
 
 
 class Verbs:

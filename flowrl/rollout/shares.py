@@ -12,7 +12,7 @@ from typing import Any
 from controllers.context import WorkerContext
 from flowrl.config import Recipe
 from flowrl.config.recipe import is_strict
-from transfer_queue.client import AsyncQueueClient
+from transfer_queue.async_client import AsyncQueueClient
 from transfer_queue.wire import Reservation
 
 RESERVE_WAIT_S = 30.0

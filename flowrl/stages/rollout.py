@@ -33,7 +33,7 @@ from flowrl.rollout.scheduling.groups import first_to_end
 from flowrl.rollout.shares import Shares
 from flowrl.weights.check import check_first_sync
 from flowrl.weights.store import reading
-from transfer_queue.client import AsyncQueueClient
+from transfer_queue.async_client import AsyncQueueClient
 from transfer_queue.rows import Column, RowKey
 from transfer_queue.wire import Reservation
 

@@ -7,7 +7,8 @@ device allow it: mapping the file would fault every page of it in anew for each 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,15 +19,16 @@ from flowrl.weights.store import reading
 from flowrl.weights.tensorfile import Slot, read_slots
 
 _CHUNK_BYTES = 4 << 20
+_NUM_THREADS = min(4, len(os.sched_getaffinity(0)))
 
 
 class _Copy(NamedTuple):
-    """Elements of the module's tensor from `begin` on, out of the slot of a file."""
+    """Elements of a module's tensor, in a row, and where in which file they begin, in what dtype."""
 
     target: torch.Tensor
-    begin: int
-    slot: Slot
     file: Path
+    begin: int
+    dtype: torch.dtype
 
 
 @torch.no_grad()
@@ -40,9 +42,9 @@ def load_in_place(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         copies = _copies(tensors, path)
         opened = {file: os.open(file, os.O_RDONLY | os.O_CLOEXEC) for file in {copy.file for copy in copies}}
         try:
-            staging = torch.empty(_CHUNK_BYTES, dtype=torch.uint8)
-            for copy in copies:
-                _read(opened[copy.file], copy, staging)
+            # The kernel copies; threads of ours only wait for it, and large models come in at the memory's speed.
+            with ThreadPoolExecutor(_NUM_THREADS) as threads:
+                list(threads.map(lambda copy: _read(opened[copy.file], copy), copies))
         finally:
             for fd in opened.values():
                 os.close(fd)
@@ -63,25 +65,29 @@ def _copies(tensors: Mapping[str, torch.Tensor], path: Path) -> list[_Copy]:
     if unknown:
         raise ValueError(f"weights: {path} has {', '.join(sorted(unknown)[:5])}, which the model does not know")
     return [
-        _Copy(tensors[name].detach(), extent.begin, *where[extent.name])
+        copy
         for name, found in extents.items()
         for extent in found
+        for copy in _chunks(tensors[name].detach().view(-1)[extent.begin :], *where[extent.name])
     ]
 
 
-def _read(fd: int, copy: _Copy, staging: torch.Tensor) -> None:
-    kind = copy.slot.kind
+def _chunks(flat: torch.Tensor, slot: Slot, file: Path) -> Iterator[_Copy]:
+    itemsize, count = slot.kind.dtype.itemsize, slot.kind.shape.numel()
+    each = _CHUNK_BYTES // itemsize
+    for begin in range(0, count, each):
+        target = flat[begin : min(begin + each, count)]
+        yield _Copy(target, file, slot.begin + begin * itemsize, slot.kind.dtype)
+
+
+@torch.no_grad()
+def _read(fd: int, copy: _Copy) -> None:
     target = copy.target
-    if target.dtype == kind.dtype and target.device.type == "cpu":
-        flat = target.view(-1)[copy.begin : copy.begin + kind.shape.numel()]
-        return _fill(fd, flat.view(torch.uint8), copy.slot.begin)
-    each = _CHUNK_BYTES // kind.dtype.itemsize
-    flat = target.view(-1)
-    for begin in range(0, kind.shape.numel(), each):
-        count = min(each, kind.shape.numel() - begin)
-        chunk = staging[: count * kind.dtype.itemsize]
-        _fill(fd, chunk, copy.slot.begin + begin * kind.dtype.itemsize)
-        flat[copy.begin + begin : copy.begin + begin + count].copy_(chunk.view(kind.dtype))
+    if target.dtype == copy.dtype and target.device.type == "cpu":
+        return _fill(fd, target.view(torch.uint8), copy.begin)
+    staging = torch.empty(len(target), dtype=copy.dtype)
+    _fill(fd, staging.view(torch.uint8), copy.begin)
+    target.copy_(staging)
 
 
 def _fill(fd: int, target: torch.Tensor, begin: int) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from transfer_queue import wire
-from transfer_queue.client import AsyncQueueClient, QueueClient
+from transfer_queue.async_client import AsyncQueueClient
+from transfer_queue.client import QueueClient
 from transfer_queue.clock import Clock, LocalClock
 from transfer_queue.config import ConsumerSpec, QueueConfig
 from transfer_queue.core import Columns

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from transfer_queue.client import AsyncQueueClient
+from transfer_queue.async_client import AsyncQueueClient
 from transfer_queue.rows import Column
 
 Make = Callable[..., Any]
