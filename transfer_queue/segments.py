@@ -209,7 +209,8 @@ def sweep(root: Path) -> list[Path]:
     """Removes what shards that are dead have left under `root`; which directories."""
     swept = []
     for directory in root.iterdir() if root.is_dir() else ():
-        if (directory / _LOCK).exists() and not _is_held(directory / _LOCK):
+        is_being_made = directory.name.startswith(".")
+        if not is_being_made and (directory / _LOCK).exists() and not _is_held(directory / _LOCK):
             shutil.rmtree(directory, ignore_errors=True)
             swept.append(directory)
     return swept
