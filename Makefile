@@ -1,4 +1,4 @@
-# make quickstart | test | test-sglang | check | fmt | bench
+# make quickstart | test | test-slow | test-sglang | check | fmt | bench
 # PYTHON: the interpreter the environment is made with. TORCH: what pip installs as torch (for a CUDA build of your own,
 # say TORCH=torch==2.11.0, or TORCH= to keep what the interpreter already has: then the environment sees its packages).
 PYTHON ?= python3
@@ -7,13 +7,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp-$(shell cat setup.py Makefile 2>/dev/null | cksum | cut -d' ' -f1)
 
-.PHONY: quickstart test test-sglang check fmt bench clean
+.PHONY: quickstart test test-slow test-sglang check fmt bench clean
 
 quickstart: $(STAMP)
 	$(BIN)/flowrl run recipes/quickstart.yaml run.name=quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: $(STAMP)-dev
-	$(BIN)/python -m pytest -m "not sglang"
+	$(BIN)/python -m pytest -m "not sglang and not slow"
+
+test-slow: $(STAMP)-dev
+	$(BIN)/python -m pytest -m slow
 
 test-sglang: $(STAMP)-dev
 	tests/sglang_cpu/install.sh .venv-sglang

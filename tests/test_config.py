@@ -37,7 +37,7 @@ QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
         ("reward.path=a.py:f", "reward: name='reasoning_gym_exact', path='a.py:f'; exactly one of the two"),
         ("rollout.engine=vllm", "rollout.engine: 'vllm'; must be one of embedded, sglang"),
         ("rollout.temperature=0", "rollout.temperature: 0.0; must be above 0"),
-        ("rollout.episode=nothing", "rollout.episode: 'nothing'; must read"),
+        ("rollout.episode=nothing", "rollout.episode: 'nothing'; must be one of"),
         ("model.init.heads=3", "model.init.heads: 3; must divide model.init.hidden_size=128"),
         ("pools.rollout.thread=2", "pools.rollout.thread: 2; no such field (did you mean pools.rollout.threads?)"),
         ("stages.mine.reads=[reward]", "stages.mine.run: missing"),

@@ -57,7 +57,10 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--discard", action="store_true", help="let the rows go")
     drain.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="for more rows (0)")
     drain.set_defaults(run=run_drain)
-    for command in (inspect, health, drain):
+    save = commands.add_parser("save", help="write what shards hold to files that a later queue can go on from")
+    save.add_argument("--to", type=Path, required=True, metavar="DIRECTORY", help="that all the shards can write to")
+    save.set_defaults(run=run_save)
+    for command in (inspect, health, drain, save):
         command.add_argument("endpoints", nargs="+", metavar="ENDPOINT")
         command.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="for an answer (5)")
     for command in commands.choices.values():
@@ -139,6 +142,12 @@ def run_inspect(given: argparse.Namespace) -> int:
                 return 0
             time.sleep(given.watch)
             print()
+
+
+def run_save(given: argparse.Namespace) -> int:
+    with client_of(given) as client:
+        print(f"{client.save(str(given.to.resolve()))} rows saved to {given.to}")
+    return 0
 
 
 def run_health(given: argparse.Namespace) -> int:

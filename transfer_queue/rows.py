@@ -51,6 +51,8 @@ class Column:
     @classmethod
     def concatenate(cls, columns: Sequence[Column]) -> Column:
         """A copy of all their rows."""
+        if len(columns) == 1:
+            return cls(columns[0].values.copy(), columns[0].offsets.copy())
         values = np.concatenate([column.values for column in columns])
         offsets = np.zeros(sum(len(column) for column in columns) + 1, dtype=np.int64)
         np.cumsum(np.concatenate([np.diff(column.offsets) for column in columns]), out=offsets[1:])
@@ -73,6 +75,8 @@ class Column:
 
     def slice(self, first: int, end: int) -> Column:
         """Rows first to end, as a view."""
+        if first == 0 and end == len(self):
+            return self
         offsets = self.offsets[first : end + 1]
         return Column(self.values[offsets[0] : offsets[-1]], offsets - offsets[0] if offsets[0] else offsets)
 

@@ -80,15 +80,14 @@ class QueueServer:
 
     def _turn(self) -> None:
         """Handles what has arrived, a bounded number of messages, and what has become due."""
-        self.shard.settle(time.monotonic())
         self._clock.receive()
+        self.shard.settle(time.monotonic())
         for _ in range(MESSAGES_A_TURN):
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 break
             self._handle(frames[0].bytes, [frame.buffer for frame in frames[1:]])
-        self.shard.settle(time.monotonic())
 
     def _handle(self, peer: bytes, frames: list[memoryview]) -> None:
         if not frames:

@@ -50,6 +50,7 @@ def ran(tmp_path: Path, recipe: str, *overrides: str, staleness: int = 2, steps:
     return found
 
 
+@pytest.mark.slow
 def test_ppo_trains_policy_and_critic_in_minibatches(tmp_path: Path) -> None:
     found = ran(tmp_path, "ppo", "run.checkpoint_every=3")
     assert all(line["training/steps"] == 2 for line in found)
@@ -64,17 +65,20 @@ def test_decoupled_ppo_keeps_to_a_reference_and_leaves_far_tokens_out(tmp_path: 
     assert found[0]["actor/kl_coef"] != found[-1]["actor/kl_coef"]
 
 
+@pytest.mark.slow
 def test_two_ranks_whiten_over_both_and_take_a_kl_off_the_reward(tmp_path: Path) -> None:
     found = ran(tmp_path, "reinforce_plus_plus", "pools.train.workers=2", "train.learning_rate=3e-3")
     assert all(abs(line["critic/advantages/mean"]) < 1e-4 for line in found)
     assert abs(found[-1]["actor/reward_kl"]) > abs(found[0]["actor/reward_kl"])
 
 
+@pytest.mark.slow
 def test_lite_ppo_corrects_for_the_sampler(tmp_path: Path) -> None:
     found = ran(tmp_path, "lite_ppo", "algorithm.opsm=0.01")
     assert all(0 < line["rollout_corr/ess"] < 1.001 for line in found)
 
 
+@pytest.mark.slow
 def test_segments_are_recomputed_while_rows_wait(tmp_path: Path) -> None:
     """Every row of an update is several versions old, and comes with the log-probs of the version after its own."""
     found = ran(tmp_path, "segment_ppo", "train.learning_rate=3e-3", staleness=4, steps=10)
@@ -83,6 +87,7 @@ def test_segments_are_recomputed_while_rows_wait(tmp_path: Path) -> None:
     assert min(line["actor/segment_absent"] for line in old) < 0.1
 
 
+@pytest.mark.slow
 def test_dapo_drops_groups_that_teach_nothing(tmp_path: Path) -> None:
     (tmp_path / "coarse.py").write_text("def compute_score(data_source, solution_str, ground_truth, extra_info):\n"
                                         "    return float(len(solution_str) > 5)\n")  # fmt: skip

@@ -93,6 +93,7 @@ def test_a_plain_loop_gives_the_same_weights_and_metrics_bit_for_bit(strict_run:
         assert {name: ours[step][name] for name in expected} == expected
 
 
+@pytest.mark.slow
 def test_two_nodes_repeat_themselves_with_several_engines_each(tmp_path: Path) -> None:
     overrides = (*STRICT, "pools.rollout.workers=2", "train.steps=3")
     first = tiny_run(tmp_path, "first", *overrides, nodes=2)
@@ -101,6 +102,7 @@ def test_two_nodes_repeat_themselves_with_several_engines_each(tmp_path: Path) -
     assert metrics_by_step(first) == metrics_by_step(second)
 
 
+@pytest.mark.slow
 def test_whole_batches_at_bound_one_are_one_step_off(tmp_path: Path) -> None:
     """Each update but the first trains what the version before its own has sampled, and nothing else."""
     run = tiny_run(tmp_path, "one_off", "rollout.handover=batch", "staleness.max=1")

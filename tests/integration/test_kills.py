@@ -58,7 +58,7 @@ def hit(process: subprocess.Popen[str], victims: Sequence[str], signum: int) -> 
     wait_until(are_back, BACK_S, f"{', '.join(victims)} to come back")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("signum", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_engine_stages_and_evaluation_come_back_and_the_run_ends_well(tmp_path: Path, signum: signal.Signals) -> None:
     run = tmp_path / "runs" / "hurt"
     steps = 20
@@ -84,7 +84,7 @@ def test_engine_stages_and_evaluation_come_back_and_the_run_ends_well(tmp_path: 
 
 @pytest.mark.parametrize(
     ("first", "second"), [(("train", signal.SIGKILL), ("queue", signal.SIGSTOP)),
-                          (("queue", signal.SIGKILL), ("train", signal.SIGSTOP))],
+                          pytest.param(("queue", signal.SIGKILL), ("train", signal.SIGSTOP), marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_without_trainer_or_shard_a_run_goes_on_from_its_checkpoint(
     tmp_path: Path, first: tuple[str, signal.Signals], second: tuple[str, signal.Signals]
@@ -117,6 +117,7 @@ def lives(run: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_the_death_of_a_trainer_ends_the_run_by_name(tmp_path: Path) -> None:
     with started(command(tmp_path, "hurt", "train.steps=4000")) as process:
         wait_for_update(process, tmp_path / "runs" / "hurt", 2)
@@ -129,7 +130,7 @@ def test_without_a_checkpoint_the_death_of_a_trainer_ends_the_run_by_name(tmp_pa
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_stops_the_run_in_order(tmp_path: Path, signum: signal.Signals) -> None:
     with started(command(tmp_path, "hurt", "train.steps=4000")) as process:
         wait_for_update(process, tmp_path / "runs" / "hurt", 2)
@@ -142,6 +143,7 @@ def test_a_signal_stops_the_run_in_order(tmp_path: Path, signum: signal.Signals)
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_controller_that_was_stopped_for_long_goes_on_and_a_killed_one_takes_everything_with_it(
     tmp_path: Path,
 ) -> None:

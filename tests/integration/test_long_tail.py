@@ -13,6 +13,7 @@ from tests.integration.runs import events, run_to_end, small_run
 pytestmark = pytest.mark.timeout(240)
 
 
+@pytest.mark.slow
 def test_tied_groups_are_replaced_and_the_first_to_end_are_trained(tmp_path: Path) -> None:
     overrides = ("eval=null", "rollout.filter_tied=true", "rollout.redundancy=2")
     code, output = run_to_end(small_run(tmp_path, *overrides, steps=6), timeout_s=220, cwd=tmp_path)

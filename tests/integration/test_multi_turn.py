@@ -27,6 +27,7 @@ def ran(tmp_path: Path, *overrides: str) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_what_tools_say_reaches_the_rows_and_is_not_trained_on(tmp_path: Path) -> None:
     """Under weight updates that abort responses, which go on from their own tokens."""
     (tmp_path / "mine.py").write_text(

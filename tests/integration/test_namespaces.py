@@ -94,6 +94,7 @@ def test_two_hosts_train_together_over_a_slow_link(tmp_path: Path) -> None:
     assert json.loads((record(tmp_path, 0) / "summary.json").read_text())["max_staleness"] <= 2
 
 
+@pytest.mark.slow
 def test_stages_of_one_run_stand_on_four_hosts(tmp_path: Path) -> None:
     """Training and rollout on two hosts, the other stages on the other two: every row crosses a wire."""
     pools = "pools={train: {nodes: [0, 1]}, rollout: {nodes: [0, 1]}, cpu: {nodes: [2, 3]}}"
@@ -106,6 +107,7 @@ def test_stages_of_one_run_stand_on_four_hosts(tmp_path: Path) -> None:
     assert sum(check_run(record(tmp_path, node)).total("trained") for node in range(4)) == 3 * 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["link", "host"])
 def test_a_cut_link_or_a_lost_host_ends_the_run_by_name_and_leaves_nothing(tmp_path: Path, loss: str) -> None:
     with hosts(2) as machines, running(tmp_path, machines, 1_000_000) as processes:

@@ -37,6 +37,7 @@ def test_weights_can_go_by_a_directory_on_disk(tmp_path: Path) -> None:
     assert list((tmp_path / "weights" / "small").glob("v*/model.safetensors"))
 
 
+@pytest.mark.slow
 def test_late_rows_can_be_dropped_and_kv_recomputed_in_bfloat16(tmp_path: Path) -> None:
     ran(
         tmp_path, "staleness.late=drop", "rollout.in_flight=recompute", "model.dtype=bfloat16",
@@ -66,6 +67,7 @@ def test_a_stage_of_the_users_own_takes_the_place_of_ours(tmp_path: Path) -> Non
     assert max(line.get("critic/advantages/max", 0.0) for line in metrics) > 1.0
 
 
+@pytest.mark.slow
 def test_an_episode_of_the_users_own_is_used(tmp_path: Path) -> None:
     (tmp_path / "episodes.py").write_text(
         textwrap.dedent("""

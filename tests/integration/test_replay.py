@@ -41,6 +41,7 @@ def test_an_asynchronous_run_is_replayed_bit_for_bit(recorded: Path, tmp_path: P
     assert_same_bits(recorded / "model", tmp_path / "replay" / "model")
 
 
+@pytest.mark.slow
 def test_a_divergence_is_named_by_its_first_update_and_parameter(recorded: Path, tmp_path: Path) -> None:
     forged = tmp_path / "forged"
     shutil.copytree(recorded, forged)

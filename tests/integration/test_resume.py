@@ -101,6 +101,7 @@ def test_a_strict_run_that_was_killed_ends_as_if_it_had_not_been(tmp_path: Path)
     assert [life["step"] for life in lives] == [0, 2]
 
 
+@pytest.mark.slow
 def test_an_asynchronous_run_loses_no_row_and_trains_none_twice(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "async"
     arguments = command(tmp_path, "async", "run.checkpoint_every=3", "train.steps=12")
@@ -114,6 +115,7 @@ def test_an_asynchronous_run_loses_no_row_and_trains_none_twice(tmp_path: Path) 
     assert_same_bits(run / "model", run / "replay" / "model")
 
 
+@pytest.mark.slow
 def test_a_killed_node_makes_torchrun_start_all_again_and_one_node_can_go_on_alone(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "two"
     overrides = ("run.checkpoint_every=2", "train.steps=6")

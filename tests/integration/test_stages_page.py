@@ -14,6 +14,7 @@ from tests.integration.runs import ROOT, command, run_to_end, sessions
 LINES_FOR_TWO_STAGES = 30
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_the_pages_stages_run_as_written(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "stages.md").read_text()

@@ -127,6 +127,7 @@ def test_a_point_that_takes_too_long_is_ended(workplace: Path) -> None:
     assert not list(sessions(workplace).glob("*")), "nothing is left of it"
 
 
+@pytest.mark.slow
 def test_halving_ends_a_run_that_does_worse_and_keeps_its_figures(workplace: Path) -> None:
     pytest.importorskip("optuna", reason="optuna is an extra: flowrl[sweep]")
     search = (
@@ -150,6 +151,7 @@ def test_halving_ends_a_run_that_does_worse_and_keeps_its_figures(workplace: Pat
     assert not list(sessions(workplace).glob("*"))
 
 
+@pytest.mark.slow
 def test_points_span_nodes_one_after_another_under_torchrun(workplace: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = ["-m", "flowrl", "sweep", "mine.yaml", "train.seed=0,1", "train.steps=2", "--out", "two"]

@@ -18,6 +18,7 @@ import pytest
 from transfer_queue.cli import main
 from transfer_queue.client import QueueClient
 from transfer_queue.rows import Column
+from transfer_queue.saved import SavedQueue
 
 ROOT = Path(__file__).resolve().parents[2]
 Start = Callable[..., subprocess.Popen[str]]
@@ -89,6 +90,14 @@ def test_inspecting_consumes_nothing(endpoint: str) -> None:
         assert main(["inspect", endpoint, *form]) == 0
     with QueueClient(endpoint) as client:
         assert len(client.take("reward", 9).rows) == 4
+
+
+def test_saved_rows_are_there_for_a_later_shard(
+    endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["save", endpoint, "--to", str(tmp_path / "saved")]) == 0
+    assert capsys.readouterr().out.startswith("4 rows saved to")
+    assert len(SavedQueue(tmp_path / "saved").groups()) == 2
 
 
 def test_health_tells_the_shard_that_does_not_answer(

@@ -1,4 +1,4 @@
-"""PyPI's TransferQueue 0.1.11 under the workload of `transfer_queue.py`. Run by that, in an environment of its own.
+"""PyPI's TransferQueue 0.1.11 under the workload of `queue_speed.py`. Run by that, in an environment of its own.
 
 Its actors reserve a CPU each, hence num_cpus=8; polling_mode, because otherwise one waiting consumer stops it.
 """
