@@ -15,6 +15,7 @@ import json
 import multiprocessing as mp
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -209,8 +210,9 @@ def throughput(results: Figures, directory: str, peer_python: str | None) -> Non
             results[f"ours_{kind}_MB_s"] = end_to_end(produce, consume, address, near, batches=BATCHES)
         ratio(results, f"ours/broker_{kind}", f"ours_{kind}_MB_s", f"broker_{kind}_MB_s")
     if peer_python is not None:
-        script = Path(__file__).with_name("queue_speed_peer.py")
-        ended = subprocess.run([peer_python, str(script)], capture_output=True, text=True, timeout=600)
+        # From a folder of its own: Ray's workers look beside the script, and here there is a `transfer_queue`.
+        script = shutil.copy(Path(__file__).with_name("queue_speed_peer.py"), directory)
+        ended = subprocess.run([peer_python, script], capture_output=True, text=True, timeout=600, cwd=directory)
         if ended.returncode:
             raise SystemExit(f"the peer failed:\n{ended.stderr[-3000:]}")
         results |= json.loads(ended.stdout.strip().splitlines()[-1])

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from transfer_queue import frames, wire
+from transfer_queue.buffers import Buffers
 from transfer_queue.errors import WireError
 from transfer_queue.rows import Column
 from transfer_queue.segments import Segment, SharedSpace
@@ -24,6 +25,7 @@ class SegmentReader:
         self._space = space
         self._mapped: dict[str, Segment] = {}
         self._mapped_bytes = 0
+        self._buffers = Buffers()
 
     def read(self, reply: wire.Delivered) -> dict[str, Column] | None:
         """The columns of a delivery; None if the shard has taken back a row's memory meanwhile."""
@@ -32,7 +34,7 @@ class SegmentReader:
         except WireError:
             return None
         try:
-            columns: dict[str, Column] | None = _copy(segments, reply)
+            columns: dict[str, Column] | None = _copy(segments, reply, self._buffers)
         except (WireError, ValueError):  # offsets that were being overwritten
             columns = None
         is_whole = all(
@@ -57,7 +59,7 @@ class SegmentReader:
             self._mapped_bytes -= self._mapped.pop(name).capacity
 
 
-def _copy(segments: Sequence[Segment], reply: wire.Delivered) -> dict[str, Column]:
+def _copy(segments: Sequence[Segment], reply: wire.Delivered, buffers: Buffers) -> dict[str, Column]:
     parcels = [
         view(segment, placed.columns, placed.num_rows) for segment, placed in zip(segments, reply.placed, strict=True)
     ]
@@ -66,14 +68,10 @@ def _copy(segments: Sequence[Segment], reply: wire.Delivered) -> dict[str, Colum
     for layout in reply.layouts:
         runs = np.frombuffer(layout.runs, frames.RUN).reshape(-1, 3).tolist()
         for name in layout.names:
-            columns[name] = _collect(parcels, runs, name, dtypes[name])
+            parts = [
+                Column.empty_rows(end - first, dtypes[name]) if at < 0 else parcels[at][name].slice(first, end)
+                for at, first, end in runs
+            ]
+            values = buffers.take(sum(part.nbytes for part in parts)).view(dtypes[name])
+            columns[name] = Column.concatenate(parts, values)
     return columns
-
-
-def _collect(parcels: Sequence[dict[str, Column]], runs: Sequence[list[int]], name: str, dtype: np.dtype) -> Column:
-    return Column.concatenate(
-        [
-            Column.empty_rows(end - first, dtype) if index < 0 else parcels[index][name].slice(first, end)
-            for index, first, end in runs
-        ]
-    )

@@ -49,11 +49,11 @@ class Column:
         return cls(values, offsets)
 
     @classmethod
-    def concatenate(cls, columns: Sequence[Column]) -> Column:
-        """A copy of all their rows."""
+    def concatenate(cls, columns: Sequence[Column], out: Array | None = None) -> Column:
+        """A copy of all their rows, with the values in `out` if that is given."""
+        values = np.concatenate([column.values for column in columns], out=out)
         if len(columns) == 1:
-            return cls(columns[0].values.copy(), columns[0].offsets.copy())
-        values = np.concatenate([column.values for column in columns])
+            return cls(values, columns[0].offsets.copy())
         offsets = np.zeros(sum(len(column) for column in columns) + 1, dtype=np.int64)
         np.cumsum(np.concatenate([np.diff(column.offsets) for column in columns]), out=offsets[1:])
         return cls(values, offsets)

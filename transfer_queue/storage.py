@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from transfer_queue import frames, wire
+from transfer_queue.buffers import Buffers
 from transfer_queue.errors import QueueError, RowRefused
 from transfer_queue.heap import Heap, Held
 from transfer_queue.rows import Column
@@ -101,6 +102,7 @@ class Storage:
         self.news: list[Parcel] | None = None
         """Parcels that are new, if somebody wants to know."""
         self._numbers = itertools.count()
+        self._buffers = Buffers()
         self._shelves: dict[GroupId, Shelf] = {}
         self._dtypes: dict[str, np.dtype] = {}
 
@@ -227,11 +229,13 @@ class Storage:
     def gather(self, spans: Sequence[Span], names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Column]:
         """A copy of the columns of these rows, in their order. Runs of neighbours are copied as one. Optional columns
         that no row has are left out."""
-        return {
-            name: Column.concatenate([_part(run, name, self._dtypes[name]) for run in runs])
-            for group, runs in self._layouts(spans, names, optional)
-            for name in group
-        }
+        columns = {}
+        for group, runs in self._layouts(spans, names, optional):
+            for name in group:
+                parts = [_part(run, name, self._dtypes[name]) for run in runs]
+                values = self._buffers.take(sum(part.nbytes for part in parts)).view(self._dtypes[name])
+                columns[name] = Column.concatenate(parts, values)
+        return columns
 
     def locate(self, spans: Sequence[Span], names: Sequence[str], optional: Sequence[str] = ()) -> Whereabouts:
         """Where these rows lie, for a reader on this node."""

@@ -18,6 +18,7 @@ from transfer_queue.segments import HEADER_BYTES, PrivateSpace, Segment, SharedS
 
 SEGMENT_BYTES = 4 << 20
 SHARED_PUT_BYTES = 1 << 20
+MAPPED_BYTES = 64 << 20
 _ALIGNMENT = 64
 _ROUND_BYTES = 64 << 10
 _OVERSIZE = 1.2
@@ -50,6 +51,7 @@ class SegmentWriter:
         self._made = 0
         self._open: _Page | None = None
         self._idle: list[Segment] = []
+        self._filled: dict[str, Segment] = {}
         self._puts: dict[str, int] = {}
 
     def write(self, columns: Mapping[str, Column]) -> tuple[Segment, list[wire.ColumnPlace]]:
@@ -64,6 +66,8 @@ class SegmentWriter:
             places.append(wire.ColumnPlace(name, frames.name_of(dtype), len(values), values_at, offsets_at))
         name = page.segment.name
         self._puts[name] = self._puts.get(name, 0) + 1
+        if page is not self._open:
+            self._keep(page.segment)
         return page.segment, places
 
     def recycle(self, segments: Sequence[wire.Recycled]) -> None:
@@ -71,16 +75,26 @@ class SegmentWriter:
         for recycled in segments:
             if recycled.is_removed:
                 del self._puts[recycled.name]
+                self._filled.pop(recycled.name, None)
             elif self._puts.get(recycled.name) == recycled.puts:
                 if self._open is not None and self._open.segment.name == recycled.name:
                     self._open.end = HEADER_BYTES
                 else:
-                    self._idle.append(self._space.open(recycled.name))
+                    mapped = self._filled.pop(recycled.name) if recycled.name in self._filled else None
+                    self._idle.append(mapped or self._space.open(recycled.name))
+
+    def _keep(self, segment: Segment) -> None:
+        """Stays mapped, because mapping it again costs as much as filling it; the oldest goes first."""
+        self._filled[segment.name] = segment
+        while len(self._filled) > 1 and sum(kept.capacity for kept in self._filled.values()) > MAPPED_BYTES:
+            del self._filled[next(iter(self._filled))]
 
     def _page_for(self, needed: int) -> _Page:
         if needed > SHARED_PUT_BYTES:
             return _Page(self._segment(-(-(needed + HEADER_BYTES) // _ROUND_BYTES) * _ROUND_BYTES))
         if self._open is None or self._open.end + needed > self._open.segment.capacity:
+            if self._open is not None:
+                self._keep(self._open.segment)
             self._open = _Page(self._segment(SEGMENT_BYTES))
         return self._open
 
