@@ -18,13 +18,16 @@ import zmq
 from controllers.mailbox import Mailbox
 from controllers.peers import Peers
 from controllers.settings import QueueSettings
-from transfer_queue.clock import clock_state, decode_clock_request, encode_clock, serve_clock_request
+from transfer_queue.clock_messages import clock_state, decode_clock_request, encode_clock
+from transfer_queue.clock_server import shard_of
+from transfer_queue.membership import Membership
 from transfer_queue.staleness import Accounts
 
 _SERVE = "clock/serve"
 _STATE = "clock/state"
 _encode_batch = msgspec.msgpack.Encoder().encode
-_decode_batch = msgspec.msgpack.Decoder(list[bytes]).decode
+_decode_replies = msgspec.msgpack.Decoder(list[bytes]).decode
+_decode_requests = msgspec.msgpack.Decoder(list[tuple[str, bytes]]).decode
 
 
 class ClockService:
@@ -46,6 +49,7 @@ class ClockService:
             self._accounts = Accounts(
                 settings.batch_rows, settings.max_staleness, settings.version, settings.incarnation
             )
+            self._members = Membership(self._accounts)
             self._seen_changes = self._accounts.changes
             peers.register(_SERVE, self._serve_remote)
         else:
@@ -82,7 +86,8 @@ class ClockService:
                 self._mailbox.run()
             if self._router in ready:
                 identities, requests = self._receive()
-                for identity, reply in zip(identities, serve(requests), strict=True):
+                named = [(shard_of(identity), request) for identity, request in zip(identities, requests, strict=True)]
+                for identity, reply in zip(identities, serve(named), strict=True):
                     if reply:
                         self._router.send_multipart([identity, reply])
 
@@ -96,12 +101,12 @@ class ClockService:
         self._shards.update(identities)
         return identities, requests
 
-    def _serve(self, requests: list[bytes]) -> list[bytes]:
-        """A reply for each, empty where there is none. On node 0, in any thread."""
+    def _serve(self, requests: list[tuple[str, bytes]]) -> list[bytes]:
+        """A reply for each shard's request, empty where there is none. On node 0, in any thread."""
         replies = []
         with self._lock:
-            for request in requests:
-                reply = serve_clock_request(self._accounts, decode_clock_request(request))
+            for shard, request in requests:
+                reply = self._members.serve(shard, decode_clock_request(request))
                 replies.append(b"" if reply is None else encode_clock(reply))
             has_changed = self._accounts.changes != self._seen_changes
             self._seen_changes = self._accounts.changes
@@ -111,11 +116,11 @@ class ClockService:
             self._peers.broadcast(_STATE, state)
         return replies
 
-    def _forward(self, requests: list[bytes]) -> list[bytes]:
-        return _decode_batch(self._peers.call(0, _SERVE, _encode_batch(requests), self._timeout_s))
+    def _forward(self, requests: list[tuple[str, bytes]]) -> list[bytes]:
+        return _decode_replies(self._peers.call(0, _SERVE, _encode_batch(requests), self._timeout_s))
 
     def _serve_remote(self, _node: int, batch: bytes) -> bytes:
-        return _encode_batch(self._serve(_decode_batch(batch)))
+        return _encode_batch(self._serve(_decode_requests(batch)))
 
     def _hear_state(self, _node: int, state: bytes) -> bytes:
         self._mailbox.post(partial(self._tell_shards, state))

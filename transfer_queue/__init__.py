@@ -1,19 +1,22 @@
 """Streams rows between processes, under a staleness bound. numpy, pyzmq and msgspec; no RL, no torch.
 
 A shard is a `QueueServer` (it owns a ledger, storage and a `Clock`); producers and consumers speak with one or several
-through a `QueueClient` or an `AsyncQueueClient`.
+through a `QueueClient` or an `AsyncQueueClient`. Several shards share the `Accounts` of one `ClockServer`.
 """
 
 from transfer_queue.async_client import AsyncQueueClient
 from transfer_queue.client import QueueClient
 from transfer_queue.clock import Clock, LocalClock, RemoteClock
+from transfer_queue.clock_server import ClockServer
 from transfer_queue.config import ConsumerSpec, QueueConfig
+from transfer_queue.cursor import Cursor, cursor_of
 from transfer_queue.errors import (
     DuplicateRow,
     QueueClosed,
     QueueError,
     QueueTimeout,
     RowRefused,
+    ShardLost,
     StaleIncarnation,
     WireError,
 )
@@ -28,8 +31,10 @@ __all__ = [
     "Accounts",
     "AsyncQueueClient",
     "Clock",
+    "ClockServer",
     "Column",
     "ConsumerSpec",
+    "Cursor",
     "DuplicateRow",
     "Keys",
     "LocalClock",
@@ -44,7 +49,9 @@ __all__ = [
     "RowKey",
     "RowRefused",
     "Rows",
+    "ShardLost",
     "StaleIncarnation",
     "Taken",
     "WireError",
+    "cursor_of",
 ]

@@ -110,6 +110,9 @@ class AsyncQueueClient:
     async def close_update(self, incarnation: int, update: int) -> None:
         await self._run(self._verbs.close_update(incarnation, update))
 
+    async def begin(self, incarnation: int, version: int, lost: Sequence[str] = ()) -> None:
+        await self._run(self._verbs.begin(incarnation, version, lost))
+
     async def drop(self, keys: Sequence[RowKey], reason: str, again: bool = False) -> int:
         return await self._run(self._verbs.drop(keys, reason, again))
 

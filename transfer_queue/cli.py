@@ -1,4 +1,4 @@
-"""The `transfer-queue` command: serve a shard, look into one, drain a consumer, ask whether shards are well."""
+"""The `transfer-queue` command: serve a shard, or the clock of several; look into shards, drain and save them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from transfer_queue.client import QueueClient
+from transfer_queue.clock_server import ClockServer
 from transfer_queue.errors import QueueError
 from transfer_queue.metrics import prometheus
 from transfer_queue.rows import Rows
+from transfer_queue.staleness import Accounts
 from transfer_queue.standalone import consumer_from, make_server, metrics_page, read_settings
 
 DRAINED_ROWS = 1024
@@ -41,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="transfer-queue", description="Streams rows between processes.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    _add_serve(commands.add_parser("serve", help="run one shard, with its clock, until SIGINT or SIGTERM"))
+    _add_serve(commands.add_parser("serve", help="run one shard until SIGINT or SIGTERM"))
+    _add_clock(commands.add_parser("clock", help="keep the accounts that several shards share"))
     inspect = commands.add_parser("inspect", help="what shards hold, and who waits for what; consumes nothing")
     inspect.add_argument("--watch", type=float, metavar="SECONDS", help="again and again")
     form = inspect.add_mutually_exclusive_group()
@@ -58,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     drain.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="for more rows (0)")
     drain.set_defaults(run=run_drain)
     save = commands.add_parser("save", help="write what shards hold to files that a later queue can go on from")
-    save.add_argument("--to", type=Path, required=True, metavar="DIRECTORY", help="that all the shards can write to")
+    save.add_argument("--to", type=Path, required=True, metavar="DIRECTORY", help="below the shards' --save-dir")
     save.set_defaults(run=run_save)
     for command in (inspect, health, drain, save):
         command.add_argument("endpoints", nargs="+", metavar="ENDPOINT")
@@ -78,18 +81,30 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--batch-rows", type=int, help="rows of an update of the training consumer")
     serve.add_argument("--max-staleness", type=int, help="updates by which a row may be older")
     serve.add_argument("--byte-limit", type=int, help="bytes that rows may take")
+    serve.add_argument("--save-dir", metavar="DIRECTORY", help="below which `save` may write")
+    serve.add_argument("--shard", metavar="K/N", help="this one's number, from 0, and how many there may be (0/1)")
+    serve.add_argument("--clock", metavar="ENDPOINT", help="of the accounts that the shards share")
     serve.add_argument("--metrics-port", type=int, help="serve Prometheus metrics on 127.0.0.1 (0: any port)")
     serve.set_defaults(run=run_serve)
 
 
-# serve
+def _add_clock(clock: argparse.ArgumentParser) -> None:
+    clock.add_argument("--endpoint", required=True, help="ipc://PATH or tcp://HOST:PORT (* lets the system choose)")
+    clock.add_argument("--batch-rows", type=int, required=True, help="rows of an update of the training consumer")
+    clock.add_argument("--max-staleness", type=int, required=True, help="updates by which a row may be older")
+    clock.set_defaults(run=run_clock)
+
+
+# serve, clock
 
 
 def run_serve(given: argparse.Namespace) -> int:
     settings = read_settings(given.config) if given.config else {}
-    for name in ("endpoint", "batch_rows", "max_staleness", "byte_limit"):
+    for name in ("endpoint", "batch_rows", "max_staleness", "byte_limit", "save_dir", "clock"):
         if getattr(given, name) is not None:
             settings[name] = getattr(given, name)
+    if given.shard is not None:
+        settings["first_group"], settings["group_stride"] = _shard_number(given.shard)
     if given.consumer:
         settings["consumers"] = dict(map(consumer_from, given.consumer))
     for name, hint in (("endpoint", "--endpoint"), ("consumers", "--consumer")):
@@ -107,6 +122,24 @@ def run_serve(given: argparse.Namespace) -> int:
             print(f"metrics at http://127.0.0.1:{port}/metrics", flush=True)
         server.serve(stop)
     return 0
+
+
+def run_clock(given: argparse.Namespace) -> int:
+    accounts = Accounts(given.batch_rows, given.max_staleness)
+    server = ClockServer(given.endpoint, accounts, secret_of(given) if given.secret_file else "")
+    with ExitStack() as stack:
+        stack.callback(server.close)
+        stop = stack.enter_context(end_signals())
+        print(f"clock at {server.endpoint}", flush=True)
+        server.serve(stop.fileno())
+    return 0
+
+
+def _shard_number(text: str) -> tuple[int, int]:
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and int(number) < int(of)):
+        raise ValueError(f"shard: {text!r}; must read K/N, with K from 0 to N - 1")
+    return int(number), int(of)
 
 
 @contextmanager
@@ -172,7 +205,8 @@ def report_text(report: Mapping[str, Any]) -> str:
     clock = report["clock"]
     lines = [
         f"  version {clock['version']} (incarnation {clock['incarnation']}), {clock['filled']} of "
-        f"{clock['batch_rows']} rows in its update, staleness at most {clock['max_staleness']}",
+        f"{clock['batch_rows']} rows in its update, staleness at most {clock['max_staleness']}"
+        + ("; a shard has died, and the trainer must begin anew" if clock["is_broken"] else ""),
         f"  {report['stored_rows']} rows, {mebibytes(report['stored_bytes'])} stored, "
         f"{mebibytes(report['promised_bytes'])} promised of {mebibytes(report['byte_limit'])}",
     ]

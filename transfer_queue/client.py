@@ -115,6 +115,12 @@ class QueueClient:
         RowRefused if it is empty, or if rows are outstanding that would be due with it."""
         self._run(self._verbs.close_update(incarnation, update))
 
+    def begin(self, incarnation: int, version: int, lost: Sequence[str] = ()) -> None:
+        """A trainer starts at `version`, after its own death or that of a shard: what earlier incarnations took for
+        updates from that one on is ready again, and rows of later policies expire. lost: names of shards that are gone
+        and will not be replaced. Raises StaleIncarnation if a later one has begun."""
+        self._run(self._verbs.begin(incarnation, version, lost))
+
     def drop(self, keys: Sequence[RowKey], reason: str, again: bool = False) -> int:
         """Gives up the groups of these rows, whole; how many rows. Their capacity comes back. again: so do their
         prompts, up to the shard's `max_attempts`."""
@@ -129,7 +135,7 @@ class QueueClient:
         return self._run(self._verbs.consumer_lost(client))
 
     def save(self, directory: str) -> int:
-        """Every shard writes a file there, from which a queue of any number of shards can go on (`restore_dir`); how
+        """Every shard writes a file there (below its `save_dir`, where a relative one begins), from which a queue of any number of shards can go on (`restore_dir`); how
         many rows. Meant for a moment between two updates: what an update holds is saved as if it were not in it."""
         return self._run(self._verbs.save(directory))
 

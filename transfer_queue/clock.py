@@ -1,181 +1,42 @@
 """The staleness accounts as a shard sees them: requests with callbacks, because they may live in another process.
 
-`LocalClock` answers at once: the library alone, and tests. `RemoteClock` asks over a ZeroMQ DEALER. Its other side
-binds a ROUTER, applies `serve_clock_request` to the one `Accounts`, and sends `clock_state(accounts)` to every shard
-whenever `accounts.changes` has moved, so that shards with refused requests ask again. Their messages are here. Which
-rows the numbers stand for is `ledger.py`'s business.
+`LocalClock` answers at once: a shard by itself. `RemoteClock` asks over a ZeroMQ DEALER. Its other side
+(`clock_server.py`) binds a ROUTER, applies requests to the one `Accounts` (through `membership.py`, which knows the
+shards), and sends `clock_state(accounts)` to every shard whenever `accounts.changes` has moved, so that shards with
+refused requests ask again. The messages are `clock_messages.py`'s. Which rows the numbers stand for is `ledger.py`'s.
 """
 
 from __future__ import annotations
 
 import itertools
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-import msgspec
 import zmq
 
-from transfer_queue.errors import WireError
+from transfer_queue.clock_messages import (
+    Admit,
+    AnyClockRequest,
+    Begin,
+    Claim,
+    ClockReply,
+    ClockState,
+    CloseUpdate,
+    EndTurn,
+    Entries,
+    Hello,
+    Retire,
+    Shift,
+    Turn,
+    Unclaim,
+    clock_state,
+    decode_clock_answer,
+    encode_clock,
+    serve_clock_request,
+)
+from transfer_queue.security import check_endpoint, secure_client
 from transfer_queue.staleness import Accounts
-
-Entries = Sequence[tuple[int, int]]
-"""(deadline, rows) each."""
-
-NOT_BLOCKED = -1
-
-
-class ClockRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    id: int
-
-
-class Hello(ClockRequest, frozen=True):
-    shard: str
-
-
-class Admit(ClockRequest, frozen=True):
-    """Up to `groups` groups of `rows` rows each, all with this deadline."""
-
-    deadline: int
-    rows: int
-    groups: int
-
-
-class Claim(ClockRequest, frozen=True):
-    """A prefix of the (deadline, rows) entries, at least one, for the update. may_drop: if the rule refuses them all,
-    every shard is told by what deadline unready rows are in their way (`ClockState.blocked`)."""
-
-    update: int
-    incarnation: int
-    entries: list[tuple[int, int]]
-    may_drop: bool = False
-
-
-class CloseUpdate(ClockRequest, frozen=True):
-    """The update may end short. granted: whether it has ended."""
-
-    update: int
-    incarnation: int
-
-
-class Turn(ClockRequest, frozen=True):
-    """May this shard drop late rows? granted: 1 if so; it says `EndTurn` when it has, even if it dropped none."""
-
-
-class EndTurn(ClockRequest, frozen=True):
-    """Has no reply. Comes after the `Retire` of what was dropped."""
-
-
-class Shift(ClockRequest, frozen=True):
-    """(old deadline, new deadline, rows) each. Has no reply."""
-
-    moves: list[tuple[int, int, int]]
-
-
-class Retire(ClockRequest, frozen=True):
-    """Outstanding (deadline, rows) that left for good. Has no reply."""
-
-    entries: list[tuple[int, int]]
-
-
-class Unclaim(ClockRequest, frozen=True):
-    """All (deadline, rows) of this shard that the incarnation has undone are outstanding again. Has no reply."""
-
-    incarnation: int
-    entries: list[tuple[int, int]]
-
-
-class ClockState(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """changes: `Accounts.changes`; it orders states and tells a refusal that has been overtaken. blocked: unready rows
-    due by then keep ready ones waiting (`Accounts.blocked`), or NOT_BLOCKED."""
-
-    version: int
-    filled: int
-    incarnation: int
-    changes: int = 0
-    blocked: int = NOT_BLOCKED
-
-
-class ClockReply(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """granted: entries, groups, or whether. blocked: as in ClockState; to a Turn, the deadline up to which to drop."""
-
-    id: int
-    granted: int
-    version: int
-    filled: int
-    incarnation: int
-    changes: int
-    batch_rows: int
-    max_staleness: int
-    blocked: int = NOT_BLOCKED
-
-
-AnyClockRequest = Hello | Admit | Claim | CloseUpdate | Shift | Retire | Turn | EndTurn | Unclaim
-_encoder = msgspec.msgpack.Encoder()
-_requests = msgspec.msgpack.Decoder(AnyClockRequest)
-_replies = msgspec.msgpack.Decoder(ClockReply | ClockState)
-
-
-def encode_clock(message: AnyClockRequest | ClockReply | ClockState) -> bytes:
-    return _encoder.encode(message)
-
-
-def decode_clock_request(frame: bytes) -> AnyClockRequest:
-    try:
-        return _requests.decode(frame)
-    except msgspec.MsgspecError as error:
-        raise WireError(f"clock request: {error}") from error
-
-
-def serve_clock_request(accounts: Accounts, request: AnyClockRequest) -> ClockReply | None:
-    """Applies the request; None if it has no reply."""
-    granted = 0
-    turn: int | None = None
-    match request:
-        case Hello():
-            pass
-        case Admit():
-            granted = accounts.admit_groups(request.deadline, request.rows, request.groups)
-        case Claim():
-            granted = accounts.claim_prefix(request.update, request.incarnation, request.entries)
-            if request.may_drop and not granted and request.update == accounts.version:
-                accounts.note_refused(*request.entries[0])
-        case CloseUpdate():
-            granted = int(accounts.close(request.update, request.incarnation))
-        case Turn():
-            turn = accounts.give_turn()
-            granted = int(turn is not None)
-        case EndTurn():
-            accounts.end_turn()
-            return None
-        case Shift():
-            for old, new, rows in request.moves:
-                accounts.shift(old, new, rows)
-            return None
-        case Retire():
-            for deadline, rows in request.entries:
-                accounts.retire(deadline, rows)
-            return None
-        case Unclaim():
-            accounts.unclaim(request.incarnation, request.entries)
-            return None
-    state = clock_state(accounts)
-    return ClockReply(
-        request.id, granted, state.version, state.filled, state.incarnation, state.changes,
-        accounts.batch_rows, accounts.max_staleness, state.blocked if turn is None else turn,
-    )  # fmt: skip
-
-
-def clock_state(accounts: Accounts) -> ClockState:
-    blocked = accounts.blocked
-    return ClockState(
-        accounts.version, accounts.filled, accounts.incarnation, accounts.changes,
-        NOT_BLOCKED if blocked is None else blocked,
-    )  # fmt: skip
-
-
-def turn_of(reply: ClockReply) -> int:
-    """What the reply to a Turn says: the deadline up to which to drop, or NOT_BLOCKED."""
-    return reply.blocked if reply.granted else NOT_BLOCKED
 
 
 class Clock(Protocol):
@@ -197,6 +58,8 @@ class Clock(Protocol):
 
     def close_update(self, update: int, incarnation: int, reply: Callable[[bool], None]) -> None: ...
 
+    def begin(self, incarnation: int, version: int, lost: Sequence[str], reply: Callable[[bool], None]) -> None: ...
+
     def turn(self, reply: Callable[[int], None]) -> None:
         """reply(the deadline up to which this shard may drop late rows, or NOT_BLOCKED); then `end_turn`."""
         ...
@@ -211,6 +74,10 @@ class Clock(Protocol):
 
     def recover(self, version: int, filled: int, incarnation: int, outstanding: Mapping[int, int]) -> None:
         """The shard has come back from its journal: what the accounts were, and its rows by deadline."""
+        ...
+
+    def enter(self) -> None:
+        """The shard is there. Once, before it asks for anything."""
         ...
 
     def receive(self) -> None: ...
@@ -244,8 +111,12 @@ class LocalClock:
     def close_update(self, update: int, incarnation: int, reply: Callable[[bool], None]) -> None:
         reply(bool(self._serve(CloseUpdate(0, update, incarnation)).granted))
 
+    def begin(self, incarnation: int, version: int, lost: Sequence[str], reply: Callable[[bool], None]) -> None:
+        """Nobody else can be lost."""
+        reply(bool(self._serve(Begin(0, incarnation, version, [])).granted))
+
     def turn(self, reply: Callable[[int], None]) -> None:
-        reply(turn_of(self._serve(Turn(0))))
+        reply(self._serve(Turn(0)).turn)
 
     def end_turn(self) -> None:
         self._serve(EndTurn(0))
@@ -263,6 +134,9 @@ class LocalClock:
         """They died with the shard."""
         self.accounts.recover(version, filled, incarnation, outstanding)
 
+    def enter(self) -> None:
+        """Nobody waits for it."""
+
     def receive(self) -> None:
         """Tells the shard of what others changed in the accounts since."""
         if self.accounts.changes != self._seen:
@@ -278,7 +152,7 @@ class LocalClock:
         return reply if reply is not None else _SILENT
 
 
-_SILENT = ClockReply(0, 0, 0, 0, 0, 0, 0, 0)
+_SILENT = ClockReply(0, 0, ClockState(0, 0, 0), 0, 0)
 
 
 def _nobody() -> None:
@@ -298,7 +172,8 @@ class DistantClock:
         self._ids = itertools.count(1)
         self._waiting: dict[int, Callable[[ClockReply], None]] = {}
         self._send = send
-        self._ask(Hello(next(self._ids), shard), self._greet)
+        self._shard = shard
+        self._entries: Entries = ()
 
     def snapshot(self) -> ClockState:
         return self._state
@@ -316,8 +191,12 @@ class DistantClock:
         request = CloseUpdate(next(self._ids), update, incarnation)
         self._ask(request, lambda answer: reply(bool(answer.granted)))
 
+    def begin(self, incarnation: int, version: int, lost: Sequence[str], reply: Callable[[bool], None]) -> None:
+        request = Begin(next(self._ids), incarnation, version, list(lost))
+        self._ask(request, lambda answer: reply(bool(answer.granted)))
+
     def turn(self, reply: Callable[[int], None]) -> None:
-        self._ask(Turn(next(self._ids)), lambda answer: reply(turn_of(answer)))
+        self._ask(Turn(next(self._ids)), lambda answer: reply(answer.turn))
 
     def end_turn(self) -> None:
         self._send(EndTurn(0))
@@ -332,10 +211,14 @@ class DistantClock:
         self._send(Unclaim(0, incarnation, list(entries)))
 
     def recover(self, version: int, filled: int, incarnation: int, outstanding: Mapping[int, int]) -> None:
-        """Nothing to do: they live elsewhere, and have counted these rows all the time."""
+        """The accounts live on; what they have of this shard's rows is replaced by what there is."""
+        self._entries = sorted(outstanding.items())
+
+    def enter(self) -> None:
+        self._ask(Hello(next(self._ids), self._shard, list(self._entries)), self._greet)
 
     def hear(self, message: ClockReply | ClockState) -> None:
-        self._advance(message)
+        self._advance(message.state if isinstance(message, ClockReply) else message)
         if isinstance(message, ClockReply):
             waiting = self._waiting.pop(message.id, None)
             if waiting is not None:
@@ -347,9 +230,8 @@ class DistantClock:
     def close(self) -> None:
         """There is nothing to let go of."""
 
-    def _advance(self, message: ClockReply | ClockState) -> None:
+    def _advance(self, new: ClockState) -> None:
         """States may overtake one another where requests are forwarded; the later one counts."""
-        new = ClockState(message.version, message.filled, message.incarnation, message.changes, message.blocked)
         if new.changes < self._state.changes:
             return
         has_changed = new.changes > self._state.changes
@@ -368,11 +250,14 @@ class DistantClock:
 
 
 class RemoteClock(DistantClock):
-    """Accounts behind a socket. Used from the shard's thread only."""
+    """Accounts behind a socket, for the shard of that name. Used from the shard's thread only."""
 
-    def __init__(self, endpoint: str, shard: str, context: zmq.Context | None = None) -> None:
+    def __init__(self, endpoint: str, shard: str, context: zmq.Context | None = None, secret: str = "") -> None:
+        check_endpoint(endpoint, secret)
         self.socket = (context or zmq.Context.instance()).socket(zmq.DEALER)
-        self.socket.setsockopt(zmq.ROUTING_ID, shard.encode())
+        if secret and endpoint.startswith("tcp://"):
+            secure_client(self.socket, secret)
+        self.socket.setsockopt(zmq.ROUTING_ID, f"{shard}/{secrets.token_hex(8)}".encode())
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.connect(endpoint)
         super().__init__(shard, self._transmit)
@@ -381,7 +266,7 @@ class RemoteClock(DistantClock):
         """Handles all that has arrived."""
         assert self.socket is not None, "the clock has been closed"
         while self.socket.poll(0):
-            self.hear(_replies.decode(self.socket.recv()))
+            self.hear(decode_clock_answer(self.socket.recv()))
 
     def close(self) -> None:
         if self.socket is not None:

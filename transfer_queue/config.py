@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from transfer_queue.cursor import Cursor
 from transfer_queue.policies import late_policy, order_policy
+from transfer_queue.security import check_endpoint
 
 MAX_COLUMNS = 64
 HIGH_WATER_MARK = 1000
@@ -59,7 +59,8 @@ class QueueConfig:
     segment_dir: where rows lie, on tmpfs unless you say otherwise ("": a directory of yours in /dev/shm); it must have
     room for byte_limit. What a dead shard has left there goes when the next one starts. durable_dir: where rows lie
     instead, with a journal, so that a shard that is killed and started again goes on where it was; one directory a
-    shard. restore_dir: of a saved queue to go on from (`QueueClient.save`)."""
+    shard. save_dir: below which clients may have the shard save its rows ("": nowhere). restore_dir: of a saved queue to
+    go on from (`QueueClient.save`)."""
 
     endpoint: str
     consumers: Mapping[str, ConsumerSpec]
@@ -75,6 +76,7 @@ class QueueConfig:
     secret: str = ""
     segment_dir: str = ""
     durable_dir: str = ""
+    save_dir: str = ""
     restore_dir: str = ""
 
     def __post_init__(self) -> None:
@@ -98,21 +100,3 @@ class QueueConfig:
         training = [name for name, spec in self.consumers.items() if spec.training]
         if len(training) > 1:
             raise ValueError(f"consumers: {training} are all training; one clock counts one consumer's updates")
-
-
-def check_endpoint(endpoint: str, secret: str) -> None:
-    """Off loopback nothing travels in the clear: raises ValueError without a secret there."""
-    if endpoint.startswith("ipc://"):
-        return
-    if not endpoint.startswith("tcp://"):
-        raise ValueError(f"endpoint: {endpoint!r}; must begin with ipc:// or tcp://")
-    host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
-    if not secret and not _is_loopback(host):
-        raise ValueError(f"secret: empty; {endpoint!r} is not on loopback and needs one")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

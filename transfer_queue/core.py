@@ -64,6 +64,7 @@ class Core:
             self.restoration = Restoration(Path(config.restore_dir), config.first_group, config.group_stride)
         self._events = events
         clock.on_change = self.note_change
+        clock.enter()
 
     def send(self, peer: bytes, reply: wire.Message, columns: Columns) -> bool:
         """What has been promised is written down before it is said. False if the peer is gone."""

@@ -22,6 +22,10 @@ class Cursor(msgspec.Struct, frozen=True, kw_only=True):
     open: tuple[int, ...] = ()
     group_size: int = 0
 
+    def without(self, groups: Iterable[int]) -> Cursor:
+        """After these have been done too."""
+        return msgspec.structs.replace(self, open=tuple(sorted(set(self.open) - set(groups))))
+
     def open_groups(self, first: int, stride: int) -> tuple[list[int], int]:
         """For the shard that owns groups first + stride·k: its open groups, and its next new one. The number of shards
         may differ from that of the past."""

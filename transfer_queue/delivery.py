@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transfer_queue import wire
 from transfer_queue.core import Columns, Core
-from transfer_queue.errors import RowRefused, StaleIncarnation
+from transfer_queue.errors import RowRefused, ShardLost, StaleIncarnation
 from transfer_queue.lanes import Lane
 from transfer_queue.sampling import Basket
 from transfer_queue.states import Group, Pick
@@ -47,6 +47,8 @@ class Delivery:
         if request.incarnation > state.incarnation or state.version < update:
             waiter.waits_for = f"update {update} of incarnation {request.incarnation}"
             return
+        if state.is_broken:
+            raise ShardLost(f"incarnation: {request.incarnation}; a shard has died since, and update {update} with it")
         groups = core.updates.take_undelivered(request.incarnation, update, self._basket(request), waiter.address)
         if groups or state.version > update:
             self._deliver_training(waiter, request, update, groups)
@@ -136,6 +138,21 @@ class Delivery:
             core.send(peer, wire.Done(request.id, 1) if has_ended else refused, {})
 
         core.clock.close_update(request.update, request.incarnation, closed)
+
+    def begin(self, peer: bytes, request: wire.Begin, columns: Columns) -> None:
+        """Answers when the clock has. A repeated one is the same one."""
+        core = self._core
+
+        def begun(is_current: bool) -> None:
+            state = core.clock.snapshot()
+            text = f"incarnation: {request.incarnation} at version {request.version}; the clock has incarnation"
+            rule = "a later incarnation begins at its version or before"
+            where = f"{state.incarnation} at version {state.version}"
+            kind = StaleIncarnation if request.incarnation <= state.incarnation else RowRefused
+            refused = wire.Refused(request.id, kind.__name__, f"{text} {where}: {rule}")
+            core.send(peer, wire.Done(request.id, 1) if is_current else refused, {})
+
+        core.clock.begin(request.incarnation, request.version, request.lost, begun)
 
     def drop(self, peer: bytes, request: wire.Drop, columns: Columns) -> wire.Message:
         retired = self._core.ledger.drop(request.spans, request.reason, request.again)

@@ -5,6 +5,7 @@
     ├── QueueClosed        the server, or this client, has been closed
     ├── WireError          a message that the protocol does not allow
     ├── StaleIncarnation   the trainer that asks has been replaced by a later one
+    ├── ShardLost          a shard has died; the trainer must begin a new incarnation
     └── RowRefused         a column, dtype, size, key or group that the ledger refuses, by name
         └── DuplicateRow   the row has that column already, with other contents
 
@@ -34,6 +35,10 @@ class StaleIncarnation(QueueError):
     """The trainer that asks has been replaced by a later one."""
 
 
+class ShardLost(QueueError):
+    """A shard has died, and with it what it held of an update. Nothing more is granted before `begin`."""
+
+
 class RowRefused(QueueError):
     """The ledger refuses a row, column or group; the message names field, value and rule."""
 
@@ -42,7 +47,7 @@ class DuplicateRow(RowRefused):
     """The row has that column already, with other contents. Who redid a row whose lease was lost may ignore it."""
 
 
-_KINDS = (QueueTimeout, QueueClosed, WireError, StaleIncarnation, RowRefused, DuplicateRow)
+_KINDS = (QueueTimeout, QueueClosed, WireError, StaleIncarnation, ShardLost, RowRefused, DuplicateRow)
 _BY_NAME = {kind.__name__: kind for kind in _KINDS}
 
 

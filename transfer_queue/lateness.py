@@ -6,7 +6,7 @@ have such rows, and whose policy gives some up, ask for the turn; one gets it, d
 
 from __future__ import annotations
 
-from transfer_queue.clock import NOT_BLOCKED
+from transfer_queue.clock_messages import NOT_BLOCKED
 from transfer_queue.core import Core
 from transfer_queue.policies import Blocker, choose_late, late_policy
 from transfer_queue.states import Group

@@ -1,15 +1,35 @@
-"""CURVE keys from a shared secret. Whoever has the secret has them all; the secret itself is never sent.
+"""Who may speak: nobody in the clear off loopback. CURVE keys come from a shared secret.
 
-A CURVE client must know the server's long-term public key before the first byte, and the handshake does not reveal it.
-It is derived from the secret, so a client without the secret cannot begin to speak.
+Whoever has the secret has them all; the secret itself is never sent. A CURVE client must know the server's long-term
+public key before the first byte, and the handshake does not reveal it. It is derived from the secret, so a client
+without the secret cannot begin to speak.
 """
 
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 
 import zmq
 from zmq.utils import z85
+
+
+def check_endpoint(endpoint: str, secret: str) -> None:
+    """Off loopback nothing travels in the clear: raises ValueError without a secret there."""
+    if endpoint.startswith("ipc://"):
+        return
+    if not endpoint.startswith("tcp://"):
+        raise ValueError(f"endpoint: {endpoint!r}; must begin with ipc:// or tcp://")
+    host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    if not secret and not _is_loopback(host):
+        raise ValueError(f"secret: empty; {endpoint!r} is not on loopback and needs one")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def secure_server(socket: zmq.Socket, secret: str) -> None:

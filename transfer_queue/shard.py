@@ -46,6 +46,7 @@ class Shard:
             wire.Ack: self._delivery.ack,
             wire.Commit: self._delivery.commit,
             wire.CloseUpdate: self._delivery.close_update,
+            wire.Begin: self._delivery.begin,
             wire.Drop: self._delivery.drop,
             wire.Decline: self._delivery.decline,
             wire.Cancel: self._cancel,
@@ -122,8 +123,12 @@ class Shard:
 
     def _save(self, peer: bytes, request: wire.Save, columns: Columns) -> wire.Message:
         core, config = self._core, self._core.config
+        directory = Path(config.save_dir, request.directory)
+        if not config.save_dir or not directory.resolve().is_relative_to(Path(config.save_dir).resolve()):
+            rule = f"must be below save_dir, {config.save_dir!r}" if config.save_dir else "this shard has no save_dir"
+            raise RowRefused(f"directory: {request.directory!r}; {rule}")
         try:
-            rows = save(Path(request.directory), core.ledger, core.storage, config.first_group, config.group_stride)
+            rows = save(directory, core.ledger, core.storage, config.first_group, config.group_stride)
         except OSError as error:
             raise RowRefused(f"directory: {request.directory!r}; {error.strerror}") from error
         return wire.Done(request.id, rows)
@@ -144,6 +149,7 @@ class Shard:
                 "version": state.version,
                 "filled": state.filled,
                 "incarnation": state.incarnation,
+                "is_broken": state.is_broken,
                 "batch_rows": core.clock.batch_rows,
                 "max_staleness": core.clock.max_staleness,
             },

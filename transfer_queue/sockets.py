@@ -9,11 +9,11 @@ from typing import Any
 import zmq
 
 from transfer_queue import wire
-from transfer_queue.config import HIGH_WATER_MARK, check_endpoint
+from transfer_queue.config import HIGH_WATER_MARK
 from transfer_queue.errors import QueueTimeout
 from transfer_queue.frames import pack, unpack
 from transfer_queue.rows import Column
-from transfer_queue.security import secure_client
+from transfer_queue.security import check_endpoint, secure_client
 from transfer_queue.verbs import Answer, Send, Verbs
 
 DEFAULT_WAIT_S = 10.0

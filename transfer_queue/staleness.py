@@ -20,6 +20,9 @@ class Accounts:
     moved, v advanced, an incarnation began. (A claim alone never helps anybody.) It also moves when those who may drop
     what is late are to hear of a refusal.
 
+    is_broken: a shard has died, and what it held of the update that is being filled is gone or unsure; nothing is
+    granted before an incarnation `begin`s anew.
+
     refused: the (deadline, rows) entry that such a shard was refused, until something changes. Shards take turns at
     dropping, because one group is enough: is_turn_given from `give_turn` to `end_turn`."""
 
@@ -37,9 +40,14 @@ class Accounts:
         self.incarnation = incarnation
         self.outstanding: dict[int, int] = {}
         self.awaited_shards = awaited_shards
+        self.is_broken = False
         self.changes = 0
         self.refused: tuple[int, int] | None = None
         self.is_turn_given = False
+
+    @property
+    def is_granting(self) -> bool:
+        return not self.awaited_shards and not self.is_broken
 
     def due_by(self, deadline: int) -> int:
         """O(d)."""
@@ -47,7 +55,7 @@ class Accounts:
 
     def admissible(self, deadline: int, rows: int) -> bool:
         """For every d from the deadline on: O(d) + f + rows <= (d - v + 1)·B. O only steps at deadlines in use."""
-        if self.awaited_shards or deadline > self.version + self.max_staleness:
+        if not self.is_granting or deadline > self.version + self.max_staleness:
             return False
         later = [due for due in self.outstanding if due > deadline]
         return all(self._has_room(due, rows) for due in (deadline, *later))
@@ -72,7 +80,7 @@ class Accounts:
 
     def claimable(self, deadline: int, rows: int) -> bool:
         """For every d in [v, deadline): O(d) + f + rows <= (d - v + 1)·B."""
-        return not self.awaited_shards and deadline >= self.version and self.blocked_at(deadline, rows) is None
+        return self.is_granting and deadline >= self.version and self.blocked_at(deadline, rows) is None
 
     def claim(self, deadline: int, rows: int) -> None:
         """Moves outstanding rows into update v; v advances when that is full."""
@@ -108,7 +116,7 @@ class Accounts:
         """Whether update v may end with the rows it has: there are some, and what is outstanding fits into the updates
         after it, for every d >= v: O(d) <= (d - v)·B."""
         fits = all(self.due_by(d) <= (d - self.version) * self.batch_rows for d in (self.version, *self.outstanding))
-        return self.filled > 0 and fits and not self.awaited_shards
+        return self.filled > 0 and fits and self.is_granting
 
     def close(self, update: int, incarnation: int) -> bool:
         """Ends the update short, as a run's last one may. True if it has ended."""
@@ -153,7 +161,18 @@ class Accounts:
         self.version = version
         self.filled = 0
         self.awaited_shards = num_shards
+        self.is_broken = False
         self.is_turn_given = False
+        self._change()
+
+    def enter(self, entries: Iterable[tuple[int, int]]) -> None:
+        """A shard has come, with these (deadline, rows) outstanding."""
+        for deadline, rows in entries:
+            self._add(deadline, rows)
+
+    def break_off(self) -> None:
+        """A shard has died."""
+        self.is_broken = True
         self._change()
 
     def recover(self, version: int, filled: int, incarnation: int, outstanding: Mapping[int, int]) -> None:

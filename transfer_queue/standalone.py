@@ -1,4 +1,5 @@
-"""A shard by itself: its accounts in the same process, its settings from a JSON file, its metrics over HTTP."""
+"""A shard by the command: its settings from a JSON file, its accounts in the same process or those of a clock that
+several shards share, its metrics over HTTP."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from typing import Any
 import msgspec
 
 from transfer_queue.client import QueueClient
-from transfer_queue.clock import LocalClock
+from transfer_queue.clock import LocalClock, RemoteClock
 from transfer_queue.config import ConsumerSpec, QueueConfig
 from transfer_queue.errors import QueueError
 from transfer_queue.metrics import CONTENT_TYPE, prometheus
@@ -23,14 +24,15 @@ METRICS_TIMEOUT_S = 5.0
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """A JSON object with fields of QueueConfig, and batch_rows and max_staleness where a consumer is training."""
+    """A JSON object with fields of QueueConfig and, where a consumer is training, batch_rows and max_staleness or the
+    address of a clock."""
     try:
         settings = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except FileNotFoundError:
         raise ValueError(f"config: {str(path)!r}; there is no such file") from None
     except msgspec.MsgspecError as error:
         raise ValueError(f"config: {str(path)!r} is no JSON object: {error}") from error
-    known = {*QueueConfig.__dataclass_fields__, "batch_rows", "max_staleness"}
+    known = {*QueueConfig.__dataclass_fields__, "batch_rows", "max_staleness", "clock"}
     unknown = sorted(set(settings) - known)
     if unknown:
         raise ValueError(f"config: {str(path)!r} has {unknown}; known are {sorted(known)}")
@@ -40,11 +42,17 @@ def read_settings(path: Path) -> dict[str, Any]:
 def make_server(settings: Mapping[str, Any]) -> QueueServer:
     """Raises ValueError, naming field, value and rule."""
     given = dict(settings)
+    given.pop("clock", None)
     clock = {name: given.pop(name) for name in ("batch_rows", "max_staleness") if name in given}
     try:
         config = msgspec.convert(given, QueueConfig)
     except msgspec.ValidationError as error:
         raise ValueError(f"config: {error}") from error
+    if given_clock := settings.get("clock"):
+        if clock:
+            raise ValueError(f"{', '.join(clock)}: {list(clock.values())}; the clock at {given_clock!r} says them")
+        name = f"shard-{config.first_group}"
+        return QueueServer(config, RemoteClock(str(given_clock), name, secret=config.secret))
     is_training = any(spec.training for spec in config.consumers.values())
     if is_training and len(clock) < 2:
         raise ValueError(f"batch_rows, max_staleness: {clock}; a training consumer needs both")

@@ -215,6 +215,9 @@ class Verbs:
     def close_update(self, incarnation: int, update: int) -> Verb[None]:
         yield from self._ask(0, wire.CloseUpdate(next(self._ids), incarnation, update))
 
+    def begin(self, incarnation: int, version: int, lost: Sequence[str]) -> Verb[None]:
+        yield from self._ask(0, wire.Begin(next(self._ids), incarnation, version, list(lost)))
+
     def drop(self, keys: Sequence[RowKey], reason: str, again: bool) -> Verb[int]:
         count = 0
         for owner, spans in (yield from self._spans_by_owner(keys)).items():

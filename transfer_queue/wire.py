@@ -142,6 +142,14 @@ class CloseUpdate(Message, frozen=True):
     update: int
 
 
+class Begin(Message, frozen=True):
+    """A new incarnation of the trainer starts at `version`. lost: names of shards that are gone for good."""
+
+    incarnation: int
+    version: int
+    lost: list[str]
+
+
 class Drop(Message, frozen=True):
     spans: list[Span]
     reason: str
@@ -241,7 +249,7 @@ class Refused(Message, frozen=True):
 
 
 Request = (
-    Locate | Announce | Reserve | Put | Take | Ack | Commit | CloseUpdate | Drop | ProducerLost | ConsumerLost
+    Locate | Announce | Reserve | Put | Take | Ack | Commit | CloseUpdate | Begin | Drop | ProducerLost | ConsumerLost
     | Save | Introspect | Decline | Cancel
 )  # fmt: skip
 Reply = Located | Done | Stored | Reserved | Delivered | Report | Refused

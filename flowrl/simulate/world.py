@@ -14,7 +14,8 @@ from types import MappingProxyType
 
 from flowrl.simulate.setting import Setting
 from transfer_queue import wire
-from transfer_queue.clock import AnyClockRequest, Clock, DistantClock, LocalClock, clock_state, serve_clock_request
+from transfer_queue.clock import Clock, DistantClock, LocalClock
+from transfer_queue.clock_messages import AnyClockRequest, clock_state, serve_clock_request
 from transfer_queue.config import ConsumerSpec, QueueConfig
 from transfer_queue.core import Columns
 from transfer_queue.rows import RowKey

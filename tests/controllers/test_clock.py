@@ -24,6 +24,7 @@ class Shard:
         self.granted: list[int] = []
         self.num_changes = 0
         self.clock.on_change = self._note_change
+        self.clock.enter()
         self.hear()
 
     def admit(self, deadline: int, rows: int, groups: int) -> int:

@@ -50,7 +50,8 @@ def start() -> Iterator[Start]:
 def endpoint(start: Start, tmp_path: Path) -> str:
     """Of a shard with four rows that `reward` has not read yet."""
     address = f"ipc://{tmp_path}/shard"
-    process = start("serve", "--endpoint", address, "--byte-limit", str(1 << 20), *CONSUMERS, *CLOCK)
+    limits = ("--byte-limit", str(1 << 20), "--save-dir", str(tmp_path))
+    process = start("serve", "--endpoint", address, *limits, *CONSUMERS, *CLOCK)
     assert line_of(process) == f"serving {address}"
     with QueueClient(address) as client:
         client.announce("p", 0)

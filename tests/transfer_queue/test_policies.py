@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.transfer_queue.clock_host import ClockHost
+from tests.transfer_queue.clock_host import clock_host
 from tests.transfer_queue.conftest import CONSUMERS, fill, keys_of
 from transfer_queue import wire
 from transfer_queue.client import QueueClient
@@ -122,7 +122,7 @@ def test_shards_take_turns_so_that_one_drops_and_not_all(direct_shard: Make) -> 
 
 def test_late_rows_of_two_live_shards_are_dropped_over_sockets(serve: Make, tmp_path: Path) -> None:
     accounts = Accounts(4, 1)
-    with ClockHost(f"ipc://{tmp_path}/clock", accounts) as host:
+    with clock_host(f"ipc://{tmp_path}/clock", accounts) as host:
         servers = [
             serve(RemoteClock(host.endpoint, f"s{at}"), f"s{at}", first_group=at, group_stride=2, late="drop")
             for at in (0, 1)

@@ -23,7 +23,7 @@ def shards(directory: Path, count: int, accounts: Accounts, restore: Path | None
     for first in range(count):
         config = QueueConfig(
             endpoint=f"ipc://{directory}/{first}", consumers=CONSUMERS, first_group=first, group_stride=count,
-            restore_dir=str(restore) if restore else "",
+            save_dir=str(directory), restore_dir=str(restore) if restore else "",
         )  # fmt: skip
         made.append(DirectShard(config, LocalClock(accounts)))
         made[-1].pass_time(0.0)
@@ -129,6 +129,19 @@ def test_what_is_not_a_whole_saved_queue_is_refused_by_name(tmp_path: Path, harm
         files[0].write_bytes(b"something else altogether")
     with ExitStack(), pytest.raises(ValueError, match=r"restore_dir: "):
         shards(tmp_path, 1, Accounts(4, 3), saved)
+
+
+@pytest.mark.parametrize("directory", ["..", "/", "below/../../beside", "/etc"])
+def test_a_save_outside_the_shards_own_folder_is_refused_by_name(tmp_path: Path, directory: str) -> None:
+    (shard,) = shards(tmp_path / "own", 1, Accounts(4, 0))
+    reply: Any = shard.ask(wire.Save, directory)
+    assert reply.error == "RowRefused" and repr(directory) in reply.message and "save_dir" in reply.message
+    assert not list(tmp_path.rglob("shard-*"))
+
+
+def test_a_shard_without_such_a_folder_saves_nothing(tmp_path: Path, direct_shard: Any) -> None:
+    reply: Any = direct_shard().ask(wire.Save, str(tmp_path))
+    assert reply.error == "RowRefused" and "this shard has no save_dir" in reply.message
 
 
 def test_a_save_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.transfer_queue.clock_host import ClockHost
+from tests.transfer_queue.clock_host import clock_host
 from transfer_queue.client import QueueClient
 from transfer_queue.clock import RemoteClock
 from transfer_queue.rows import Column
@@ -27,7 +27,7 @@ def accounts() -> Accounts:
 @pytest.fixture
 def endpoints(serve: Make, tmp_path: Path, accounts: Accounts) -> Iterator[list[str]]:
     """Of two shards; shards stop before the clock does."""
-    with ClockHost(f"ipc://{tmp_path}/clock", accounts) as host:
+    with clock_host(f"ipc://{tmp_path}/clock", accounts) as host:
         servers = [
             serve(RemoteClock(host.endpoint, f"shard{at}"), f"shard{at}", first_group=at, group_stride=2)
             for at in (0, 1)
