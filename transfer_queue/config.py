@@ -59,8 +59,8 @@ class QueueConfig:
     segment_dir: where rows lie, on tmpfs unless you say otherwise ("": a directory of yours in /dev/shm); it must have
     room for byte_limit. What a dead shard has left there goes when the next one starts. durable_dir: where rows lie
     instead, with a journal, so that a shard that is killed and started again goes on where it was; one directory a
-    shard. save_dir: below which clients may have the shard save its rows ("": nowhere). restore_dir: of a saved queue to
-    go on from (`QueueClient.save`)."""
+    shard. save_dir: below which clients may have the shard save its rows ("": nowhere). restore_dir: of a saved queue
+    to go on from (`QueueClient.save`)."""
 
     endpoint: str
     consumers: Mapping[str, ConsumerSpec]
