@@ -135,9 +135,9 @@ class QueueClient:
         return self._run(self._verbs.consumer_lost(client))
 
     def save(self, directory: str) -> int:
-        """Every shard writes a file there, below its `save_dir` (where a relative path begins), from which a queue of any
-        number of shards can go on (`restore_dir`); how many rows. Meant for a moment between two updates: what an update
-        holds is saved as if it were not in it."""
+        """Every shard writes a file there, below its `save_dir` (where a relative path begins), from which a queue of
+        any number of shards can go on (`restore_dir`); how many rows. Meant for a moment between two updates: what an
+        update holds is saved as if it were not in it."""
         return self._run(self._verbs.save(directory))
 
     def introspect(self) -> dict[str, Any]:
