@@ -84,9 +84,11 @@ class Generation:
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """`max_model_tokens`: prompt and response together. `pause_modes`: those that `pause` takes."""
+    """`max_model_tokens`: prompt and response together. `pause_modes`: those that `pause` takes. `releases_memory`:
+    whether `release_memory` frees any."""
 
     max_model_tokens: int
+    releases_memory: bool = False
     pause_modes: frozenset[PauseMode] = field(default_factory=lambda: frozenset(PauseMode))
 
 
@@ -120,8 +122,24 @@ class Engine(Protocol):
         that the engine must be restarted."""
         ...
 
+    async def release_memory(self) -> None:
+        """Gives the device's memory to others: the KV cache, and the weights where the engine keeps a copy elsewhere.
+        ValueError unless the engine is paused, with RECOMPUTE or ABORT. Until `resume_memory` it can be asked to
+        generate and to abort; weights cannot be loaded, nor the pause changed or ended (ValueError)."""
+        ...
+
+    async def resume_memory(self) -> None:
+        """Takes the memory again. The engine is as it was: the same weights, the same requests, paused."""
+        ...
+
     async def close(self) -> None: ...
 
 
 class EngineError(RuntimeError):
     """The engine failed; the message names it."""
+
+
+def check_lendable(paused: PauseMode | None) -> None:
+    """ValueError for an engine whose running requests still need their KV."""
+    if paused not in (PauseMode.RECOMPUTE, PauseMode.ABORT):
+        raise ValueError(f"release_memory: pause is {paused}; it must be PauseMode.RECOMPUTE or PauseMode.ABORT")

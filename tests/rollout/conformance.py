@@ -315,6 +315,32 @@ class EngineConformance:
 
         assert 0 < len(engine.run(pause_underway()).tokens) < LONG
 
+    def test_memory_given_back_in_a_pause_costs_no_request_a_token(self, engine: Served, models: Models) -> None:
+        async def lend_memory() -> list[Generation]:
+            running = await start(engine, [request(f"r{i}", prompt, LONG) for i, prompt in enumerate(prompts(3))])
+            with pytest.raises(ValueError, match="release_memory"):
+                await engine.engine.release_memory()
+            await engine.engine.pause(PauseMode.RECOMPUTE)
+            await engine.engine.release_memory()
+            running += submit(engine, [request("late", prompts(3)[0], 4), request("gone", (4, 5, 6), LONG)])
+            for refused in (engine.engine.resume(), engine.engine.load_weights(models.second, new)):
+                with pytest.raises(ValueError, match="resume_memory"):
+                    await refused
+            await engine.engine.abort("gone")
+            await engine.engine.resume_memory()
+            await engine.engine.load_weights(models.second, new)
+            await engine.engine.resume()
+            return await asyncio.gather(*running)
+
+        old, new = engine.engine.version, next(engine.versions)
+        *results, gone = engine.run(lend_memory())
+        assert gone.finish_reason is FinishReason.ABORT and not len(gone.tokens)
+        for prompt, result in zip([*prompts(3), prompts(3)[0]], results, strict=True):
+            assert result.finish_reason is FinishReason.LENGTH
+            num_old = int((result.versions == old).sum())
+            assert_logprobs(models.first, prompt, result, 1.0, slice(0, num_old))
+            assert_logprobs(models.second, prompt, result, 1.0, slice(num_old, None))
+
     def test_abort_ends_the_request_named_and_no_other(self, engine: Served, models: Models) -> None:
         async def abort_one() -> list[Generation]:
             running = await start(engine, [request("one", (1, 2, 3), LONG), request("two", (4, 5, 6), LONG)])

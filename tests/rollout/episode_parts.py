@@ -106,6 +106,10 @@ class ScriptedEngine:
     async def load_weights(self, path: Path, version: int, mode: PauseMode = PauseMode.KEEP) -> None:
         self.version = version
 
+    async def release_memory(self) -> None: ...
+
+    async def resume_memory(self) -> None: ...
+
     async def close(self) -> None: ...
 
 

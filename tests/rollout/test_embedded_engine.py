@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, MambaConfig, Qwen3M
 
 from flowrl.rollout.embedded.core import EmbeddedCore
 from flowrl.rollout.embedded.engine import EmbeddedEngine
+from flowrl.rollout.embedded.parking import ParkedWeights
 from flowrl.rollout.engine import Engine, EngineError, PauseMode
 from tests.rollout.conformance import (
     EngineConformance,
@@ -274,6 +275,27 @@ def test_joined_projections_are_the_parameters_that_an_update_replaces(tmp_path:
     core.load(second, 1, PauseMode.KEEP)
     expected = AutoModelForCausalLM.from_pretrained(second).state_dict()
     assert all(torch.equal(expected[name], tensor) for name, tensor in core._model.state_dict().items())
+
+
+def test_lent_memory_is_free_and_parked_weights_come_back_bit_for_bit(tmp_path: Path) -> None:
+    core = EmbeddedCore(write_model(tmp_path, 0), 0)
+    core.submit([request("r", (1, 2, 3), 40)])
+    for _ in range(5):
+        core.step()
+    assert core._runner._decode_kv.nbytes > 0
+    core.release_memory()
+    assert core._runner._decode_kv.nbytes == core._runner._prefill_kv.nbytes == 0
+    model = core._model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    head, embedding = model.lm_head.weight, model.model.embed_tokens.weight
+    parked = ParkedWeights(model)  # which the core does on a GPU alone
+    assert {tensor.untyped_storage().nbytes() for tensor in model.parameters()} == {0}
+    parked.restore()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert head.data_ptr() == embedding.data_ptr() and model.lm_head.weight is head
+    core.resume_memory()
+    [(_, result)] = [one for _ in range(40) if core.has_work for one in core.step()]
+    assert_logprobs(tmp_path, (1, 2, 3), result, 1.0, slice(None))
 
 
 def test_stop_strings_without_a_tokenizer_are_refused(tmp_path: Path) -> None:

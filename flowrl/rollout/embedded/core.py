@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flowrl.rollout.embedded import selfcheck, weights
+from flowrl.rollout.embedded.parking import ParkedWeights
 from flowrl.rollout.embedded.runner import Runner
 from flowrl.rollout.embedded.sampling import penalise, sample, stream_keys, uniforms
 from flowrl.rollout.embedded.slots import SlotTable
@@ -59,6 +60,7 @@ class EmbeddedCore:
         self._slots = SlotTable(max_batch)
         self._waiting = WaitingQueue()
         self._fresh_seeds = np.random.default_rng()
+        self._parked: ParkedWeights | None = None
         probe = selfcheck.probe(self._vocab_size, self.max_model_tokens)
         selfcheck.check(self._model, probe, self.generate_all([probe])[0])
 
@@ -139,6 +141,20 @@ class EmbeddedCore:
         if mode is PauseMode.RECOMPUTE:
             self.recompute()
         return self.abort() if mode is PauseMode.ABORT else []
+
+    def release_memory(self) -> None:
+        """Frees the KV cache, and a GPU's copy of the weights. Nothing else may be asked until `resume_memory`, but to
+        submit and to abort."""
+        self.recompute()
+        self._runner.release()
+        if self._model.device.type != "cpu":  # there, a copy in host memory frees nothing
+            self._parked = ParkedWeights(self._model)
+            torch.cuda.empty_cache()
+
+    def resume_memory(self) -> None:
+        if self._parked is not None:
+            self._parked.restore()
+            self._parked = None
 
     def generate_all(self, requests: Iterable[GenerateRequest]) -> list[Generation]:
         """Generates for all `requests` and returns in their order. For callers that drive the core alone."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flowrl.rollout.embedded.core import EmbeddedCore, Finished
-from flowrl.rollout.engine import Capabilities, EngineError, GenerateRequest, Generation, PauseMode
+from flowrl.rollout.engine import Capabilities, EngineError, GenerateRequest, Generation, PauseMode, check_lendable
 
 Action = Callable[[], None]
 
@@ -62,6 +62,7 @@ class EmbeddedEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
         self._pause: PauseMode | None = None
+        self._is_released = False
         self._futures: dict[str, asyncio.Future[Generation]] = {}
         self._arrivals: list[GenerateRequest] = []
         self._failure: str | None = "embedded engine: not started"
@@ -76,7 +77,7 @@ class EmbeddedEngine:
         bound = self._core.max_model_tokens if self._core else self._max_model_tokens
         if bound is None:
             raise EngineError("embedded engine: max_model_tokens is the model's own, known once started")
-        return Capabilities(max_model_tokens=bound)
+        return Capabilities(max_model_tokens=bound, releases_memory=True)
 
     async def start(self, path: Path, version: int) -> None:
         assert self._thread is None, "the engine is started"
@@ -85,6 +86,7 @@ class EmbeddedEngine:
         self._thread = threading.Thread(target=self._serve, name="embedded-engine", daemon=True)
         self._thread.start()
         self._failure = self._pause = None
+        self._is_released = False
         try:
             await self._order(lambda: self._load_core(path, version))
         except BaseException:
@@ -130,6 +132,20 @@ class EmbeddedEngine:
         """As `load_weights`, from tensors of this process, named as in the model's state. Copied before it returns."""
         await self._load(state, version, mode)
 
+    async def release_memory(self) -> None:
+        self._running()
+        self._submit_arrivals()
+        await self._order(self._release)
+
+    async def resume_memory(self) -> None:
+        core, _ = self._running()
+
+        def resume() -> None:
+            core.resume_memory()
+            self._is_released = False
+
+        await self._order(resume)
+
     async def close(self) -> None:
         """Ends the thread; requests that still run fail. May be called again."""
         self._fail("embedded engine: closed")
@@ -142,7 +158,12 @@ class EmbeddedEngine:
     async def _load(self, source: Path | Mapping[str, Tensor], version: int, mode: PauseMode) -> None:
         core, _ = self._running()
         self._submit_arrivals()
-        await self._order(lambda: self._deliver(core.load(source, version, mode)))
+
+        def load() -> None:
+            self._check_memory("load_weights")
+            self._deliver(core.load(source, version, mode))
+
+        await self._order(load)
 
     # On the loop.
 
@@ -234,6 +255,7 @@ class EmbeddedEngine:
 
     def _enter_pause(self, mode: PauseMode) -> None:
         assert self._core is not None
+        self._check_memory("pause")
         if mode is PauseMode.ABORT:
             self._deliver(self._core.abort())
         if self._pause is not PauseMode.RECOMPUTE:
@@ -241,9 +263,21 @@ class EmbeddedEngine:
 
     def _leave_pause(self) -> None:
         assert self._core is not None
+        self._check_memory("resume")
         if self._pause is PauseMode.RECOMPUTE:
             self._core.recompute()
         self._pause = None
+
+    def _release(self) -> None:
+        assert self._core is not None
+        check_lendable(self._pause)
+        if not self._is_released:
+            self._core.release_memory()
+            self._is_released = True
+
+    def _check_memory(self, call: str) -> None:
+        if self._is_released:
+            raise ValueError(f"{call}: the engine's memory is released; it needs resume_memory first")
 
     def _deliver(self, finished: list[Finished]) -> None:
         if finished:

@@ -41,6 +41,11 @@ class KVCache:
                 tensors[layer] = self._allocate(old)
                 tensors[layer][: old.shape[0], :, : old.shape[2]] = old
 
+    def release(self) -> None:
+        """Frees everything, as if nothing had been written."""
+        self._num_slots = self._capacity = 0
+        self._keys, self._values = {}, {}
+
     def write(self, layer: int, slots_T: Tensor, positions_T: Tensor, key_THD: Tensor, value_THD: Tensor) -> None:
         """Stores one token's key and value in each (slot, position). D may differ between keys and values."""
         for tensors, states_THD in ((self._keys, key_THD), (self._values, value_THD)):

@@ -53,6 +53,11 @@ class Runner:
         """Row source[i] of the decode cache, of up to `tokens` tokens, becomes row target[i]."""
         self._decode_kv.copy(self._decode_kv, self._tensor(source), self._tensor(target), tokens)
 
+    def release(self) -> None:
+        """Frees both caches; they are made anew as they are used. No request may have KV in them."""
+        self._decode_kv.release()
+        self._prefill_kv.release()
+
     def _step(self, positions_N: Array, chunks: list[Chunk]) -> Step:
         n = len(positions_N)
         self._decode_kv.reserve(n, int(positions_N.max(initial=-1)) + 1)

@@ -58,6 +58,12 @@ class RecordingEngine:
     async def load_weights(self, path: Path, version: int, mode: PauseMode = PauseMode.KEEP) -> None:
         await self.engine.load_weights(path, version, mode)
 
+    async def release_memory(self) -> None:
+        await self.engine.release_memory()
+
+    async def resume_memory(self) -> None:
+        await self.engine.resume_memory()
+
     async def close(self) -> None:
         await self.engine.close()
 

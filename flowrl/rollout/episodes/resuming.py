@@ -82,6 +82,12 @@ class ResumingEngine:
         finally:
             self._is_open.set()
 
+    async def release_memory(self) -> None:
+        await self.engine.release_memory()
+
+    async def resume_memory(self) -> None:
+        await self.engine.resume_memory()
+
     async def close(self) -> None:
         await self.engine.close()
 

@@ -6,6 +6,7 @@ each. Field names are SGLang's; tests run against the release named in tests/sgl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,11 +77,15 @@ class ModelInfo(msgspec.Struct, frozen=True):
 
 
 class ServerInfo(msgspec.Struct, frozen=True):
-    """max_req_input_len: no prompt may be as long. disable_overlap_schedule: no decode step is prepared ahead."""
+    """max_req_input_len: no prompt may be as long. disable_overlap_schedule: no decode step is prepared ahead.
+    enable_memory_saver: memory can be given back, on a GPU; enable_weights_cpu_backup: that of the weights too."""
 
     max_req_input_len: int
+    device: str
     disable_overlap_schedule: bool
     enable_deterministic_inference: bool
+    enable_memory_saver: bool
+    enable_weights_cpu_backup: bool
 
 
 Answer = TypeVar("Answer")
@@ -126,6 +131,14 @@ class SGLangClient:
 
     async def resume(self) -> None:
         await self._command("/continue_generation", {})
+
+    async def release_memory(self, tags: Sequence[str]) -> None:
+        """tags: kv_cache, weights. Call it paused by `retract`, once: a server that runs requests dies of it."""
+        await self._command("/release_memory_occupation", {"tags": tags})
+
+    async def resume_memory(self, tags: Sequence[str]) -> None:
+        """tags: those that were released; a server dies of others."""
+        await self._command("/resume_memory_occupation", {"tags": tags})
 
     async def update_weights(self, path: Path, version: int, *, flush_cache: bool, timeout_s: float) -> None:
         """Call it paused. After an error the server may hold a mixture of old and new weights."""

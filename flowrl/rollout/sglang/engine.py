@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowrl.rollout.engine import Capabilities, EngineError, GenerateRequest, Generation, PauseMode
+from flowrl.rollout.engine import Capabilities, EngineError, GenerateRequest, Generation, PauseMode, check_lendable
 from flowrl.rollout.scheduling.routing import Router
 from flowrl.rollout.sglang.answers import cut_at_stop, generate_body, generation, nothing_generated
 from flowrl.rollout.sglang.arguments import ServerSettings
 from flowrl.rollout.sglang.checkpoint import Shapes, misfit, read_config, read_shapes, vocab_size
+from flowrl.rollout.sglang.client import ServerInfo
 from flowrl.rollout.sglang.fleet import Fleet
 from flowrl.rollout.sglang.flights import Admission, Flight, Flights, all_ended
 from flowrl.rollout.stop_strings import Decode, load_decode
@@ -34,11 +35,12 @@ _HEALTH_TIMEOUT_S = 30.0
 @dataclass(frozen=True, kw_only=True)
 class SGLangCapabilities(Capabilities):
     """takes_seeds: whether `SamplingParams.seed` has an effect. Only a server in its deterministic mode heeds it.
-    steps_ahead: the server prepares decode steps ahead, see `versions.py`."""
+    steps_ahead: the server prepares decode steps ahead, see `versions.py`. parked: what `release_memory` frees."""
 
     takes_seeds: bool
     steps_ahead: bool
     vocab_size: int
+    parked: tuple[str, ...]
 
 
 class SGLangEngine:
@@ -49,6 +51,7 @@ class SGLangEngine:
     _fleet: Fleet | None
     _flights: Flights
     _paused: PauseMode | None
+    _is_released: bool
     _capabilities: SGLangCapabilities | None
     _replaced_ahead: set[int]
     _held: Shapes
@@ -131,6 +134,8 @@ class SGLangEngine:
             takes_seeds=all(info.enable_deterministic_inference for info in infos),
             steps_ahead=not all(info.disable_overlap_schedule for info in infos),
             vocab_size=vocab_size(config),
+            parked=_parked(infos),
+            releases_memory=all(info.enable_memory_saver and info.device != "cpu" for info in infos),
         )
         self._set_version(version)
 
@@ -169,11 +174,13 @@ class SGLangEngine:
     async def pause(self, mode: PauseMode) -> None:
         async with self._control:
             self._usable()
+            self._check_memory("pause")
             await self._pause(mode)
 
     async def resume(self) -> None:
         async with self._control:
             self._usable()
+            self._check_memory("resume")
             await self._resume()
 
     async def load_weights(self, path: Path, version: int, mode: PauseMode = PauseMode.KEEP) -> None:
@@ -181,6 +188,7 @@ class SGLangEngine:
         before anything changes; after any other error the engine must be restarted: mixed weights never serve."""
         async with self._control:
             self._usable()
+            self._check_memory("load_weights")
             await asyncio.to_thread(self._check_weights, path)
             was_paused = self._paused is not None
             if not was_paused:
@@ -190,6 +198,25 @@ class SGLangEngine:
             if not was_paused:
                 await self._resume()
 
+    async def release_memory(self) -> None:
+        """The KV cache's, and the weights' of servers started with `enable_weights_cpu_backup`. Frees nothing without
+        `enable_memory_saver`, nor on a CPU."""
+        async with self._control:
+            fleet = self._usable()
+            check_lendable(self._paused)
+            if not self._is_released:
+                tags = self.capabilities.parked
+                await fleet.order(lambda client: client.release_memory(tags))
+                self._is_released = True
+
+    async def resume_memory(self) -> None:
+        async with self._control:
+            fleet = self._usable()
+            if self._is_released:
+                tags = self.capabilities.parked
+                await fleet.order(lambda client: client.resume_memory(tags))
+                self._is_released = False
+
     async def check_health(self) -> None:
         """EngineError if a server does not generate; one that is paused has only to answer."""
         for client in self._usable().clients():
@@ -198,6 +225,10 @@ class SGLangEngine:
             if self._paused is None:
                 raise EngineError(f"{client.name} answers and generates nothing")
             await client.model_info()
+
+    def _check_memory(self, call: str) -> None:
+        if self._is_released:
+            raise ValueError(f"{call}: the engine's memory is released; it needs resume_memory first")
 
     def _check_request(self, request: GenerateRequest) -> None:
         """What a server does not refuse: a token beyond the vocabulary ends it, and a response too long is cut."""
@@ -336,9 +367,16 @@ class SGLangEngine:
         self._fleet = None
         self._flights = Flights()
         self._paused = None
+        self._is_released = False
         self._version = -1
         self._extra_key = ""
         self._replaced_ahead = set()
         self._capabilities = None
         self._held = {}
         self._is_tied = False
+
+
+def _parked(infos: Sequence[ServerInfo]) -> tuple[str, ...]:
+    """What servers can give back and have again as it was."""
+    has_backup = all(info.enable_weights_cpu_backup for info in infos)
+    return ("kv_cache", "weights") if has_backup else ("kv_cache",)
