@@ -7,6 +7,7 @@ soon as they are free. Owns buffers; that arrays on them are alive it sees by th
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,7 +17,6 @@ KEPT_BYTES = 64 << 20
 SMALL_BYTES = 256 << 10
 """Below this the allocator does well by itself."""
 _OVERSIZE = 2
-_FREE = 3  # the list, the loop's name and the argument of getrefcount
 
 
 class Buffers:
@@ -27,11 +27,20 @@ class Buffers:
         """uint8 (num_bytes,), of any contents."""
         if num_bytes < SMALL_BYTES:
             return np.empty(num_bytes, np.uint8)
-        for buffer in self._kept:
-            if num_bytes <= len(buffer) <= _OVERSIZE * num_bytes and sys.getrefcount(buffer) == _FREE:
-                return buffer[:num_bytes]
+        for at in range(len(self._kept)):
+            fits = num_bytes <= len(self._kept[at]) <= _OVERSIZE * num_bytes
+            if fits and _references(self._kept, at) == _UNUSED:
+                return self._kept[at][:num_bytes]
         buffer = np.empty(num_bytes, np.uint8)
         self._kept.append(buffer)
         while len(self._kept) > 1 and sum(map(len, self._kept)) > KEPT_BYTES:
             del self._kept[0]
         return buffer[:]
+
+
+def _references(buffers: Sequence[Array], at: int) -> int:
+    return sys.getrefcount(buffers[at])
+
+
+_UNUSED = _references([np.empty(0, np.uint8)], 0)
+"""Of an array that its list alone refers to. Measured, because it differs between versions of Python."""
