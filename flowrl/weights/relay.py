@@ -138,7 +138,8 @@ class Relay:
 
     def _turn(self) -> None:
         poller = zmq.Poller()
-        for source in (self._mailbox.fd, self._router, *self._peers.values()):
+        can_answer = [self._router] if self._holdings is not None else []  # others may have been told first
+        for source in (self._mailbox.fd, *can_answer, *self._peers.values()):
             poller.register(source, zmq.POLLIN)
         ready = dict(poller.poll(int(_TICK_S * 1000)))
         if self._mailbox.fd in ready:

@@ -35,7 +35,9 @@ class File:
 class Node:
     """A node with a relay in a thread. ranges: what its trainer ranks write, if it has any."""
 
-    def __init__(self, root: Path, number: int, holdings: Holdings, serving: list[int], **settings: object) -> None:
+    def __init__(
+        self, root: Path, number: int, holdings: Holdings, serving: list[int], is_late: bool, **settings: object
+    ) -> None:
         self.number = number
         self.ranges = holdings.ranges.get(number)
         self.store = WeightStore(root / f"{number}", 3)
@@ -55,7 +57,8 @@ class Node:
             on_published=lambda version, path: self.shown.append(version),
             **settings,  # type: ignore[arg-type]
         )
-        self.relay.hold(holdings)
+        if not is_late:
+            self.relay.hold(holdings)
         self.thread = threading.Thread(target=self.run, daemon=True)
 
     def tell(self, version: int, path: Path) -> None:
@@ -82,9 +85,12 @@ class Node:
 
 
 @contextmanager
-def cluster(root: Path, holdings: Holdings, num_nodes: int, **settings: object) -> Iterator[list[Node]]:
-    """Short paths: sockets have room for 107 characters."""
-    nodes = [Node(root, number, holdings, list(range(num_nodes)), **settings) for number in range(num_nodes)]
+def cluster(
+    root: Path, holdings: Holdings, num_nodes: int, late: tuple[int, ...] = (), **settings: object
+) -> Iterator[list[Node]]:
+    """Short paths: sockets have room for 107 characters. late: nodes that are not told yet who holds what."""
+    serving = list(range(num_nodes))
+    nodes = [Node(root, number, holdings, serving, number in late, **settings) for number in serving]
     for node in nodes:
         node.all = nodes
         for other in nodes:
@@ -145,6 +151,19 @@ def test_node_without_trainer_ranks_gets_every_byte(tmp_path: Path) -> None:
             wait_for(nodes[1:], version)
             assert nodes[1].read(version) == data.tobytes()
         assert nodes[0].shown == []
+
+
+def test_a_node_that_is_told_last_answers_when_it_has_been_told(tmp_path: Path) -> None:
+    with cluster(tmp_path, WHOLE, 3, late=(1,)) as nodes:
+        data = random_bytes()
+        publish(nodes, 0, data)
+        deadline = time.monotonic() + 30
+        while not nodes[1].relay._router.poll(0):
+            assert time.monotonic() < deadline, "node 2 asks it for its share"
+            time.sleep(0.01)
+        nodes[1].relay.hold(WHOLE)
+        wait_for(nodes[1:], 0)
+        assert [node.read(0) for node in nodes[1:]] == [data.tobytes()] * 2
 
 
 def test_source_sends_each_byte_once_to_any_number_of_nodes(tmp_path: Path) -> None:
