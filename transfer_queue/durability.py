@@ -143,7 +143,7 @@ class Durability:
             self._ledger.ended["torn"] += group.size
             return None
         pieces = [(parcels[number], first, end, position) for number, first, end, position in known.pieces]
-        self._storage.put_back(group.identity, group.all & ~group.gone, pieces)
+        self._storage.put_back(group.identity, group.filled & ~group.gone, pieces)
         self._ledger.bring_back(group, known.claim, known.taker)
         return group
 

@@ -109,6 +109,18 @@ def test_rows_states_and_claims_outlive_the_shard(shard: DurableShard, client: Q
     assert client.introspect()[shard.endpoint]["clock"]["version"] == 1
 
 
+def test_half_a_group_whose_producer_died_with_the_shard_leaves_nothing(
+    shard: DurableShard, client: QueueClient
+) -> None:
+    (group,) = client.reserve("p", 1, 2, row_bytes=64)
+    client.put(group.keys[:1], payload(group.keys[:1]), [0])
+    restart(shard)
+    with QueueClient(shard.endpoint) as other:
+        assert other.producer_lost("p") == 1
+        (report,) = other.introspect().values()
+        assert (report["stored_rows"], report["stored_bytes"], report["promised_bytes"]) == (0, 0, 0)
+
+
 def test_a_client_that_may_not_have_heard_is_told_again_and_counts_once(
     shard: DurableShard, client: QueueClient
 ) -> None:

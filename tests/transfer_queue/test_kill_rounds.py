@@ -249,8 +249,8 @@ def check_end(client: QueueClient, trainer: Trainer, peers: Peers) -> None:
     partition = report["partitions"]["train"]
     assert peers.committed <= trainer.groups, f"{peers.committed - trainer.groups} were put and are gone"
     assert set(report["ended"]) <= {"producer_lost", "undelivered"}, f"{report['ended']}: nothing else may end a row"
-    assert (report["stored_rows"], report["stored_bytes"], report["promised_bytes"]) == (0, 0, 0)
-    assert partition["outstanding"] == {}
+    assert (report["stored_rows"], report["stored_bytes"], report["promised_bytes"]) == (0, 0, 0), report
+    assert partition["outstanding"] == {}, report
     assert partition["next_group"] == len(trainer.groups) + partition["to_reserve_anew"], (
         "every number is accounted for"
     )
