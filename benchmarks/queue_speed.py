@@ -210,9 +210,12 @@ def throughput(results: Figures, directory: str, peer_python: str | None) -> Non
             results[f"ours_{kind}_MB_s"] = end_to_end(produce, consume, address, near, batches=BATCHES)
         ratio(results, f"ours/broker_{kind}", f"ours_{kind}_MB_s", f"broker_{kind}_MB_s")
     if peer_python is not None:
-        # From a folder of its own: Ray's workers look beside the script, and here there is a `transfer_queue`.
+        # From a folder of its own, and without our path: Ray's workers would find our `transfer_queue`.
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         script = shutil.copy(Path(__file__).with_name("queue_speed_peer.py"), directory)
-        ended = subprocess.run([peer_python, script], capture_output=True, text=True, timeout=600, cwd=directory)
+        ended = subprocess.run(
+            [peer_python, script], capture_output=True, text=True, timeout=600, cwd=directory, env=environment
+        )
         if ended.returncode:
             raise SystemExit(f"the peer failed:\n{ended.stderr[-3000:]}")
         results |= json.loads(ended.stdout.strip().splitlines()[-1])

@@ -45,7 +45,7 @@ class Membership:
             self._enter(shard)
         elif isinstance(request, Begin) and request.incarnation > self.accounts.incarnation:
             for name in request.lost:
-                self.lose(name)
+                self._lose(name)
             self._awaited = set(self._outstanding)
             self._unnamed = 0
         elif isinstance(request, Unclaim):
@@ -56,21 +56,20 @@ class Membership:
         self._count(self._outstanding.setdefault(shard, Counter()), request, reply)
         return reply
 
-    def lose(self, shard: str) -> int:
-        """It is gone, with all its rows; how many the accounts had for it."""
+    def _lose(self, shard: str) -> None:
+        """It is gone, with all its rows."""
         held = self._outstanding.pop(shard, Counter())
         for deadline, rows in held.items():
             self.accounts.retire(deadline, rows)
         self._awaited.discard(shard)
         self.lost_rows += held.total()
-        return held.total()
 
     def _enter(self, shard: str) -> None:
         """Under a name that is known: whoever had it before is dead. Where a whole queue goes on from files, the first
         shards to enter are those that are waited for."""
         if shard in self._outstanding:
             was_awaited = shard in self._awaited
-            self.lose(shard)
+            self._lose(shard)
             self._awaited |= {shard} if was_awaited else set()
             self.accounts.break_off()
         elif self._unnamed:

@@ -61,11 +61,13 @@ class Peers:
         self.members.serve(shard, Retire(0, [(deadline, 1) for deadline in self.held[shard].elements()]))
         self.held[shard] = Counter()
 
-    def _begin(self, shard: str) -> None:
+    def _begin(self, shard: str, lost: tuple[str, ...] = ()) -> None:
         """At the version that the clock has: what earlier updates hold has been trained."""
         if self.unanswered & set(self.held):
             return
-        assert self.ask(shard, Begin(0, self.accounts.incarnation + 1, self.accounts.version, []))
+        for name in lost:
+            del self.held[name], self.claimed[name]
+        assert self.ask(shard, Begin(0, self.accounts.incarnation + 1, self.accounts.version, list(lost)))
         self.unanswered = set(self.held)
 
     def _answer(self, shard: str) -> None:
@@ -78,9 +80,9 @@ class Peers:
         self.unanswered.discard(shard)
 
     def _lose(self, shard: str) -> None:
-        self.members.lose(shard)
-        del self.held[shard], self.claimed[shard]
-        self.unanswered.discard(shard)
+        survivors = sorted(set(self.held) - {shard})
+        if survivors:
+            self._begin(survivors[0], (shard,))
 
 
 @given(STEPS)
