@@ -13,14 +13,13 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from flowrl.config import AlgorithmConfig, TrainConfig
+from flowrl.trainer.flops import peak_flops
 from flowrl.trainer.model import load_policy
 from flowrl.trainer.packing import Sample
 from flowrl.trainer.update import PolicyTrainer
 from flowrl.trainer.world import join
 from transfer_queue.rows import RowKey
 
-# Dense bfloat16 peak of a card, FLOP/s, by a part of its name.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}
 PACK_TOKENS = 4096
 NUM_PACKS = 16
 PROMPT_TOKENS, RESPONSE_TOKENS = 128, 896
@@ -42,18 +41,6 @@ def qwen3_600m() -> Qwen3Config:
     )
 
 
-def step_flops(config: Qwen3Config, rows: int, prompt: int, response: int) -> float:
-    """Of the model in one forward and backward pass: 2 a multiply-add, three times over (backward counts twice). What
-    is recomputed does not count. The head is applied to response tokens alone; attention is causal."""
-    length = prompt + response - 1
-    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    projections = config.hidden_size * (2 * query + 2 * key) + 3 * config.hidden_size * config.intermediate_size
-    attention = 2 * query * (length + 1) / 2  # a token sees half of its row on average, once for QK, once for PV
-    layers = config.num_hidden_layers * length * (projections + attention)
-    head = response * config.hidden_size * config.vocab_size
-    return 3 * 2 * rows * (layers + head)
-
-
 def make_samples(config: Qwen3Config, rows: int) -> list[Sample]:
     draw = np.random.default_rng(0)
     return [
@@ -69,8 +56,8 @@ def make_samples(config: Qwen3Config, rows: int) -> list[Sample]:
     ]
 
 
-def measure(model: Path, meeting: Path, samples: list[Sample], *, recompute: bool) -> tuple[list[float], int]:
-    """(seconds of each timed step, bytes at the peak)."""
+def measure(model: Path, meeting: Path, samples: list[Sample], *, recompute: bool) -> tuple[list[float], int, float]:
+    """(seconds of each timed step, bytes at the peak, floating-point operations of the model)."""
     train = TrainConfig(
         learning_rate=1e-6, warmup_steps=0, micro_batch_tokens=PACK_TOKENS, compute_dtype="bfloat16",
         activation_checkpointing=recompute,
@@ -85,10 +72,10 @@ def measure(model: Path, meeting: Path, samples: list[Sample], *, recompute: boo
             started = time.perf_counter()
             trainer.begin_update()
             trainer.accumulate(samples)
-            trainer.end_update()
+            metrics = trainer.end_update()
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
-        return seconds[2:], torch.cuda.max_memory_allocated()
+        return seconds[2:], torch.cuda.max_memory_allocated(), metrics["training/num_flops"]
 
 
 def report_gpu() -> list[str]:
@@ -97,8 +84,7 @@ def report_gpu() -> list[str]:
     config, name = qwen3_600m(), torch.cuda.get_device_name(0)
     samples = make_samples(config, NUM_PACKS * PACK_TOKENS // (PROMPT_TOKENS + RESPONSE_TOKENS - 1))
     num_tokens = len(samples) * (PROMPT_TOKENS + RESPONSE_TOKENS)
-    flops = step_flops(config, len(samples), PROMPT_TOKENS, RESPONSE_TOKENS)
-    peak = next((value for part, value in PEAK_FLOPS.items() if part in name), None)
+    peak = peak_flops(torch.device("cuda"))
     lines = [
         f"{name}, torch {torch.__version__}: Qwen3-0.6B-shaped, random weights, bfloat16 compute, float32 masters, "
         f"packs of {PACK_TOKENS} tokens, {len(samples)} rows of {PROMPT_TOKENS} + {RESPONSE_TOKENS} tokens a step, "
@@ -114,7 +100,7 @@ def report_gpu() -> list[str]:
         torch.manual_seed(0)
         Qwen3ForCausalLM(config).save_pretrained(Path(folder) / "model")
         for recompute in (False, True):
-            seconds, memory = measure(
+            seconds, memory, flops = measure(
                 Path(folder) / "model", Path(folder) / f"world-{recompute}", samples, recompute=recompute
             )
             step = statistics.median(seconds)

@@ -24,6 +24,7 @@ from controllers.eventlog import EventLog
 from controllers.messages import FINISHED_TOPIC
 from controllers.roster import installed_versions
 from controllers.shard import CURSORS_FILE
+from flowrl.algorithms.declarations import Streaming
 from flowrl.config import Recipe, load
 from flowrl.config.recipe import is_strict
 from flowrl.determinism import fix_kernels
@@ -34,9 +35,10 @@ from flowrl.trainer import checkpoint
 from flowrl.trainer.batch_metrics import BatchMetrics
 from flowrl.trainer.companions import make_critic, make_reference
 from flowrl.trainer.dump import dumping
+from flowrl.trainer.flops import peak_flops
 from flowrl.trainer.model import load_policy
 from flowrl.trainer.packing import samples_from_rows
-from flowrl.trainer.share import sorted_share
+from flowrl.trainer.share import balanced_share
 from flowrl.trainer.update import PolicyTrainer
 from flowrl.trainer.world import World, join
 from flowrl.weights.place import Route, pin_of, written_root
@@ -108,6 +110,8 @@ class TrainStage:
         self.record: RecordWriter | None = None
         self.first_version = 0
         self.started = 0.0
+        found, _ = recipe.algorithm.streaming(recipe.train.minibatches, recipe.train.epochs)
+        self.streams = found is not Streaming.WAITS
         self.metrics = BatchMetrics(recipe.rollout.group_size, has_advantage=not recipe.algorithm.estimates_in_trainer)
 
     def run(self) -> None:
@@ -161,7 +165,7 @@ class TrainStage:
             recipe.algorithm,
             max_response_tokens=recipe.rollout.max_tokens,
             critic=make_critic(recipe, self.world, run_dir / "warm_start"),
-            reference=make_reference(recipe, self.world, run_dir / "warm_start"),
+            reference=make_reference(recipe, self.policy, self.world, run_dir / "warm_start"),
         )
 
     @contextmanager
@@ -202,6 +206,7 @@ class TrainStage:
         trained = time.monotonic()
         self.publish(update + 1, events)
         measured |= self.metrics.reduce(self.world, time.monotonic() - started)
+        measured |= rates(measured["training/num_flops"] / self.world.size, measured, self.world.device)
         measured["timing_s/update_weights"] = time.monotonic() - trained
         if self.context.rank == 0:
             self.context.report(measured, update + 1)
@@ -212,12 +217,12 @@ class TrainStage:
             events.write("trained", key, update=update)
 
     def batch(self, queue: QueueClient, update: int) -> Iterator[Rows]:
-        """This rank's rows of the update: as they come, or, if runs are to be repeatable, its share of the sorted
-        whole."""
-        if not is_strict(self.recipe):
+        """This rank's rows of the update: as they come, or, if runs are to be repeatable or the update waits for its
+        batch anyway, a share of the sorted whole that is as large as any other rank's."""
+        if not is_strict(self.recipe) and (self.streams or self.world.size == 1):
             yield from self.ready_rows(queue, update)
             return
-        share = sorted_share(self.ready_rows(queue, update), self.world)
+        share = balanced_share(self.ready_rows(queue, update), self.world)
         if len(share):
             yield share
 
@@ -230,7 +235,12 @@ class TrainStage:
             started = time.monotonic()
             with self.context.waiting_for(f"rows for update {update}"):
                 taken = queue.take(
-                    "train", max_rows=self.max_rows, update=update, incarnation=self.context.life, wait_s=TAKE_WAIT_S
+                    "train",
+                    max_rows=self.max_rows,
+                    budget=None if self.world.size == 1 else ("response_tokens", budget),
+                    update=update,
+                    incarnation=self.context.life,
+                    wait_s=TAKE_WAIT_S,
                 )
             self.metrics.waited(time.monotonic() - started)
             if self.context.stopping.is_set():
@@ -244,7 +254,8 @@ class TrainStage:
 
     @property
     def max_rows(self) -> int:
-        """Of one take. With several ranks, half a rank's share: what is left goes to whoever is free."""
+        """Of one take. With several ranks, half a rank's share at most, and no more tokens than a micro-batch has: what
+        is left goes to whoever is free, so that ranks end an update within a micro-batch of each other."""
         parts = 1 if self.world.size == 1 else 2 * self.world.size
         return max(1, self.recipe.train.batch_groups // parts) * self.recipe.rollout.group_size
 
@@ -301,6 +312,13 @@ def save_cursors(queue: QueueClient, directory: Path) -> None:
 def update_seed(run_seed: int, update: int, rank: int) -> int:
     """Of torch's random stream in an update, where anything draws from it: a resumed run has it without saving it."""
     return int(np.random.SeedSequence((run_seed, update, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def rates(num_flops: float, measured: dict[str, float], device: torch.device) -> dict[str, float]:
+    """How busy a rank's device was while it was not waiting for rows. num_flops: the rank's, of the model."""
+    per_s = num_flops / max(1e-9, measured["timing_s/update_actor"])
+    peak = peak_flops(device)
+    return {"perf/tflops/actor": per_s / 1e12} | ({} if peak is None else {"perf/mfu/actor": per_s / peak})
 
 
 def num_tokens(rows: Rows) -> int:

@@ -30,7 +30,7 @@ class Accumulation:
             module.set_requires_gradient_sync(False, recurse=False)
         self.is_open = True
 
-    def close(self, backward: Callable[[], None]) -> None:
+    def close(self, backward: Callable[[], object]) -> None:
         """A collective: `backward` must run one pass through the whole model, with which the gradients that were
         accumulated before it are summed over all ranks. Leaves parameters and gradients sharded."""
         assert self.is_open, "no update has begun"

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
-from flowrl.trainer.totals import Totals
+from flowrl.trainer.totals import Totals, spreads
 from flowrl.trainer.world import World
 from transfer_queue.rows import Column, Rows
 
@@ -33,17 +32,20 @@ class BatchMetrics:
 
     def add(self, rows: Rows, update: int) -> None:
         """`rows`: whole groups, in the order of their keys' groups or any other."""
-        score_B = rows["reward"].values.astype(np.float64)
         versions = rows["token_versions"]
         oldest_B = np.minimum.reduceat(versions.values, versions.offsets[:-1])
         newest_B = np.maximum.reduceat(versions.values, versions.offsets[:-1])
-        self._measure("critic/score", score_B)
+        measured = {
+            "critic/score": rows["reward"].values,
+            "response_length": rows["response_tokens"].lengths,
+            "prompt_length": rows["prompt_tokens"].lengths,
+            STALENESS: update - oldest_B,
+            "training/off_policy/trajectory_spans": newest_B - oldest_B + 1,
+        }
         if ADVANTAGES in self._measured:
-            self._measure(ADVANTAGES, rows["advantage"].values)
-        self._measure("response_length", rows["response_tokens"].lengths)
-        self._measure("prompt_length", rows["prompt_tokens"].lengths)
-        self._measure(STALENESS, update - oldest_B)
-        self._measure("training/off_policy/trajectory_spans", newest_B - oldest_B + 1)
+            measured[ADVANTAGES] = rows["advantage"].values
+        for name, value_B in measured.items():
+            self._totals.measure(name, value_B)
         self._totals.add("rows", float(len(rows)))
         self._totals.add("clipped", float(np.count_nonzero(rows["finish_reason"].values == FINISHED_BY_LENGTH)))
         self._totals.add("tied_groups", float(_tied_groups(rows)))
@@ -57,19 +59,15 @@ class BatchMetrics:
         totals = self._totals.reduce(world)
         self._totals = self._fresh()
         num_rows = max(1.0, totals["rows"])
-        found: dict[str, float] = {}
-        for name in self._measured:
-            found[f"{name}/mean"] = totals[f"{name}/sum"] / num_rows
-            found[f"{name}/max"] = totals[f"{name}/max"]
-            found[f"{name}/min"] = -totals[f"{name}/-min"]
-        self._max_staleness = max(self._max_staleness, int(found[f"{STALENESS}/max"]))
         self._sum_staleness += totals[f"{STALENESS}/sum"]
         self._num_rows += totals["rows"]
+        found = spreads(totals)
+        self._max_staleness = max(self._max_staleness, int(found[f"{STALENESS}/max"]))
         wait_s = totals["waited_s"] / world.size
         return found | {
             "response_length/clip_ratio": totals["clipped"] / num_rows,
             "frac_reward_zero_std": totals["tied_groups"] * self._group_size / num_rows,
-            "perf/throughput": totals["tokens"] / step_s,
+            "perf/throughput": totals["tokens"] / step_s / world.size,
             "timing_s/step": step_s,
             "timing_s/wait_for_rows": wait_s,
             "timing_s/update_actor": max(0.0, step_s - wait_s),
@@ -89,18 +87,11 @@ class BatchMetrics:
     def restore(self, state: Sequence[float]) -> None:
         self._max_staleness, self._sum_staleness, self._num_rows = int(state[0]), state[1], state[2]
 
-    def _measure(self, name: str, value_B: np.ndarray) -> None:
-        self._totals.add(f"{name}/sum", float(value_B.sum()))
-        self._totals.maximum(f"{name}/max", torch.tensor(float(value_B.max()), dtype=torch.float64))
-        self._totals.maximum(f"{name}/-min", torch.tensor(-float(value_B.min()), dtype=torch.float64))
-
     def _fresh(self) -> Totals:
         """With every name there, because ranks that saw no row must reduce the same ones."""
         totals = Totals()
         for name in self._measured:
-            totals.add(f"{name}/sum", 0.0)
-            totals.maximum(f"{name}/max", torch.tensor(-torch.inf, dtype=torch.float64))
-            totals.maximum(f"{name}/-min", torch.tensor(-torch.inf, dtype=torch.float64))
+            totals.measure(name, np.empty(0))
         for name in ("rows", "clipped", "tied_groups", "tokens", "waited_s"):
             totals.add(name, 0.0)
         return totals

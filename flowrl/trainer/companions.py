@@ -8,7 +8,8 @@ import torch.distributed as dist
 
 from flowrl.config import Recipe
 from flowrl.trainer.critic import Critic
-from flowrl.trainer.reference import Reference
+from flowrl.trainer.model import Policy
+from flowrl.trainer.reference import BaseReference, Reference
 from flowrl.trainer.world import World
 
 
@@ -20,10 +21,13 @@ def make_critic(recipe: Recipe, world: World, warm_start: Path) -> Critic | None
     return Critic(path, world, recipe.train, recipe.critic)
 
 
-def make_reference(recipe: Recipe, world: World, warm_start: Path) -> Reference | None:
-    """As `make_critic`."""
+def make_reference(recipe: Recipe, policy: Policy, world: World, warm_start: Path) -> Reference | BaseReference | None:
+    """As `make_critic`. Where adapters start as no change and are all that is trained, the policy holds the reference
+    already."""
     if recipe.algorithm.kl is None:
         return None
+    if recipe.model.lora is not None and recipe.reference.path is None and recipe.warm_start is None:
+        return BaseReference(policy, world, micro_batch_tokens=recipe.train.micro_batch_tokens)
     return Reference(
         starting_model("reference.path", recipe.reference.path, recipe, warm_start),
         world,

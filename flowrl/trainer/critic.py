@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from flowrl.algorithms.value import value_loss
 from flowrl.config import CriticConfig, TrainConfig
 from flowrl.trainer.accumulation import Accumulation
+from flowrl.trainer.failure import Given
 from flowrl.trainer.model import hidden_states, load_lm
 from flowrl.trainer.optimizer import ShardedAdamW
 from flowrl.trainer.packing import Packed, Sample, pack, split_by_tokens
@@ -75,6 +77,7 @@ class Critic:
         self._critic = critic
         self._accumulation = Accumulation(self.model)
         self._totals = Totals()
+        self._given = Given()
 
     def values(self, samples: Sequence[Sample]) -> list[np.ndarray]:
         """Float32, one for each response token, masked ones included: the value of the state before the token.
@@ -91,6 +94,7 @@ class Critic:
         """On every rank: gathers the parameters."""
         self._accumulation.begin()
         self._totals = Totals()
+        self._given = Given()
 
     def accumulate(
         self, samples: Sequence[Sample], returns: Sequence[np.ndarray], old_values: Sequence[np.ndarray]
@@ -105,22 +109,24 @@ class Critic:
                 found = " and ".join(str(len(other)) for other in others)
                 expected = len(sample.response_tokens)
                 raise ValueError(f"returns, old_values: row {sample.key} has {found}; must be {expected}, one a token")
+            more = dict(zip(("return", "value"), others, strict=True))
+            self._given.samples.append(replace(sample, per_token={**sample.per_token, **more}))
         kept = [place for place, sample in enumerate(samples) if sample.num_trained_tokens]
         lengths = [len(samples[place].prompt_tokens) + len(samples[place].response_tokens) - 1 for place in kept]
         for part in split_by_tokens(lengths, self._train.micro_batch_tokens):
             chosen = [kept[index] for index in part]
-            self._backward(
+            loss_B = self._backward(
                 [samples[place] for place in chosen],
                 [returns[place] for place in chosen],
                 [old_values[place] for place in chosen],
                 weight=1.0,
             )
+            self._given.add([samples[place].key for place in chosen], loss_B)
 
     def end_update(self) -> dict[str, float]:
         """On every rank: sums gradients, divides by the trained tokens of the global batch, clips, steps.
 
-        Returns the metrics, equal on all ranks. Raises FloatingPointError, on all ranks and before anything is stepped,
-        if loss or gradient is not finite.
+        Returns the metrics, equal on all ranks. Raises NonFiniteUpdate, on all ranks, before that step is taken.
         """
         zero = [np.zeros(1, np.float32)]
         self._accumulation.close(lambda: self._backward([CLOSING_SAMPLE], zero, zero, weight=0.0))
@@ -130,9 +136,7 @@ class Critic:
         loss, grad_norm = totals["loss"] / num_tokens, math.sqrt(totals["grad_square_sum"]) / num_tokens
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.optimizer.drop_gradients()
-            raise FloatingPointError(
-                f"critic, update {self.step}: loss {loss}, gradient norm {grad_norm}; parameters unchanged"
-            )
+            raise self._given.failure(f"critic, update {self.step}", loss, grad_norm)
         rate = self.learning_rate()
         self.optimizer.step(min(1.0, self._train.grad_clip / (grad_norm + 1e-6)) / num_tokens, rate)
         self.step += 1
@@ -162,7 +166,8 @@ class Critic:
         returns: Sequence[np.ndarray],
         old_values: Sequence[np.ndarray],
         weight: float,
-    ) -> None:
+    ) -> torch.Tensor:
+        """Forward and backward; adds to the totals. Returns each row's loss."""
         masks = [sample.response_mask for sample in samples]
         packed = pack(
             [sample.prompt_tokens for sample in samples],
@@ -192,6 +197,7 @@ class Critic:
         for name, x_R in {"return": return_R, "error": return_R - value_R.detach()}.items():
             self._totals.add(name, weight * x_R.double().sum())
             self._totals.add(f"{name}_square", weight * x_R.double().square().sum())
+        return loss_BT.detach().sum(1)
 
 
 def _explained_variance(totals: dict[str, float], num_tokens: float) -> float:

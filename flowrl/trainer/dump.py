@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from flowrl.trainer.failure import NonFiniteUpdate
 from flowrl.trainer.packing import Sample
-from flowrl.trainer.update import NonFiniteUpdate
 
 ROW_ARRAYS = ("prompt_tokens", "response_tokens", "response_mask", "rollout_logprobs")
 

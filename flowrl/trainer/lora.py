@@ -6,6 +6,8 @@ checkpoint; they are sharded as the model is, and no rank ever holds a whole mat
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -83,6 +85,18 @@ class MergedModel(nn.Module):
         for name, layer in self._layers.items():
             base = layer.get_base_layer().weight
             self._merged[f"{name}.weight"].copy_(base + layer.get_delta_weight(ADAPTER))
+
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """Adapted layers inside are what they were without."""
+        # Not peft's own switch, which also turns requires_grad off and on, here in the middle of an accumulation.
+        for layer in self._layers.values():
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer in self._layers.values():
+                layer._disable_adapters = False
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Live tensors, whatever is asked for."""

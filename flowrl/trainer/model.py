@@ -5,6 +5,8 @@ Shapes: N packed tokens; R trained tokens; H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +51,14 @@ class Policy(nn.Module):
         """On every rank, after parameters have changed."""
         for merged in self._merged:
             merged.refresh()
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """Passes inside are those of the model that adapters were added to."""
+        with ExitStack() as stack:
+            for merged in self._merged:
+                stack.enter_context(merged.switched_off())
+            yield
 
     def forward(self, packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (logprob_R, entropy_R), float32. Logits exist only for trained tokens, a chunk at a time."""

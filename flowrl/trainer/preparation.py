@@ -28,12 +28,12 @@ LITE_PPO_EPS = 1e-6
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """samples: with what was computed, in `per_token` or `advantage`. returns, values: of the critic, one number a
-    response token; empty without one. sums: over this rank's trained tokens, by the name of the metric."""
+    response token; empty without one. measured: by the name of the metric, of this rank's trained tokens or rows."""
 
     samples: list[Sample]
     returns: list[np.ndarray] = field(default_factory=list)
     values: list[np.ndarray] = field(default_factory=list)
-    sums: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Preparation:
@@ -81,7 +81,8 @@ class Preparation:
     def _with_advantages(self, samples: list[Sample], kl_coef: float) -> Prepared:
         mask_BT = _mask(samples)
         is_on_BT = mask_BT > 0
-        reward_BT, sums = self._token_rewards(samples, mask_BT, kl_coef)
+        reward_BT, measured = self._token_rewards(samples, mask_BT, kl_coef)
+        measured["critic/rewards"] = reward_BT.sum(dim=1)
         values = [] if self._values is None else self._values(samples)
         returns: list[np.ndarray] = []
         if values:
@@ -89,16 +90,16 @@ class Preparation:
             adv_BT, return_BT = advantages.gae(reward_BT, value_BT, mask_BT, **self._algorithm.advantage_settings)
             adv_BT = global_whiten(adv_BT, mask_BT)
             returns = _on_responses(samples, return_BT[is_on_BT])
-            sums |= {"critic/returns/mean": float(return_BT.sum()), "critic/values/mean": float(value_BT.sum())}
+            measured |= {"critic/returns": return_BT[is_on_BT], "critic/values": value_BT[is_on_BT]}
         elif self._estimator is None:
             gamma = self._algorithm.advantage_settings.get("gamma", 1.0)
             return_BT, _ = advantages.gae(reward_BT, torch.zeros_like(reward_BT), mask_BT, gamma=gamma, lam=1.0)
             adv_BT = global_whiten(return_BT, mask_BT)
         else:
             adv_BT = self._of_samples(self._estimator, samples, reward_BT.sum(dim=1), mask_BT)
-        sums["critic/advantages/mean"] = float(adv_BT.sum())
+        measured["critic/advantages"] = adv_BT[is_on_BT]
         samples = _with(samples, "advantage", _on_responses(samples, adv_BT[is_on_BT]))
-        return Prepared(samples=samples, returns=returns, values=values, sums=sums)
+        return Prepared(samples=samples, returns=returns, values=values, measured=measured)
 
     def _of_samples(self, estimator: Estimator, samples: list[Sample], score_B: Tensor, mask_BT: Tensor) -> Tensor:
         """An estimator of samples, and what it leaves to the batch."""
@@ -114,7 +115,9 @@ class Preparation:
         _, variance = global_moments(score_B)
         return variance**0.5 + float(self._algorithm.advantage_settings.get("eps", LITE_PPO_EPS))
 
-    def _token_rewards(self, samples: list[Sample], mask_BT: Tensor, kl_coef: float) -> tuple[Tensor, dict[str, float]]:
+    def _token_rewards(
+        self, samples: list[Sample], mask_BT: Tensor, kl_coef: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The score on the last trained token; a KL in the reward on every one."""
         score_B = scores(samples, self._algorithm, self._max_response_tokens)
         last_B1 = (mask_BT.sum(dim=1, keepdim=True).long() - 1).clamp(min=0)
@@ -126,7 +129,7 @@ class Preparation:
         logprob_BT = _table(samples, anchors, mask_BT)
         reference_BT = _table(samples, [sample.per_token["reference"] for sample in samples], mask_BT)
         kl_BT = kl.ESTIMATORS[given.estimator](logprob_BT, reference_BT)
-        return kl.penalised_reward(reward_BT, kl_BT, mask_BT, kl_coef), {"actor/reward_kl": float(kl_BT.sum())}
+        return kl.penalised_reward(reward_BT, kl_BT, mask_BT, kl_coef), {"actor/reward_kl": kl_BT[mask_BT > 0]}
 
 
 def scores(samples: Sequence[Sample], algorithm: AlgorithmConfig, max_response_tokens: int) -> Tensor:

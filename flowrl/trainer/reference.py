@@ -59,3 +59,23 @@ class Reference:
             with self.opened():
                 return self.logprobs(samples)
         return score_responses(lambda packed: self._policy(packed)[0], samples, self._budget, self._device)
+
+
+class BaseReference:
+    """The model that a policy's adapters stand on: a reference that costs no memory. For use within the policy's
+    updates, which have the parameters gathered."""
+
+    def __init__(self, policy: Policy, world: World, *, micro_batch_tokens: int) -> None:
+        self._policy = policy
+        self._budget = micro_batch_tokens
+        self._device = world.device
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """As that of `Reference`, with nothing to gather."""
+        yield
+
+    def logprobs(self, samples: Sequence[Sample]) -> list[np.ndarray]:
+        """As that of `Reference`; waits for nobody."""
+        with self._policy.without_adapters():
+            return score_responses(lambda packed: self._policy(packed)[0], samples, self._budget, self._device)

@@ -1,6 +1,7 @@
-"""A rank's share of a whole batch, the same whichever rank took which rows: for updates that must be repeatable.
+"""A rank's share of a whole batch, the same whichever rank took which rows, and about as many tokens as any other's.
 
-Ranks exchange what they took, sort it by key, and each keeps every n-th group. A few megabytes an update, over gloo.
+Ranks exchange what they took, sort it by key, and each keeps its groups. A few megabytes an update, over gloo. For
+updates that must be repeatable, and those that wait for their batch anyway.
 """
 
 from __future__ import annotations
@@ -14,22 +15,28 @@ import torch.distributed as dist
 from flowrl.trainer.parcel import Parcel
 from flowrl.trainer.world import World
 from transfer_queue.rows import RowKey, Rows
+from transfer_queue.sampling import balanced_partition
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Parcel).decode
 
 
-def sorted_share(parts: Iterable[Rows], world: World) -> Rows:
-    """On every rank, with what it took of one batch: the rows of groups rank, rank + size, … in the order of keys."""
+def balanced_share(parts: Iterable[Rows], world: World) -> Rows:
+    """On every rank, with what it took of one batch: the rows of its groups, whole, in the order of keys."""
     taken = list(parts)
     everybody = exchange(Rows.concatenate(taken) if taken else Rows([], {}), world)
     whole = [rows for rows in everybody if len(rows)]
     if not whole:
         return Rows([], {})
     batch = Rows.concatenate(whole)
-    groups = sorted({(key.partition, key.group, key.attempt) for key in batch.keys})
-    mine = set(groups[world.rank :: world.size])
+    length_B = batch["prompt_tokens"].lengths + batch["response_tokens"].lengths
+    tokens_of: dict[tuple[str, int, int], int] = {}
     order = sorted(range(len(batch)), key=lambda index: batch.keys[index])
+    for index in order:
+        group = _group(batch.keys[index])
+        tokens_of[group] = tokens_of.get(group, 0) + int(length_B[index])
+    groups = list(tokens_of)
+    mine = {groups[place] for place in balanced_partition(list(tokens_of.values()), world.size)[world.rank]}
     kept = [index for index in order if _group(batch.keys[index]) in mine]
     return batch.select(kept) if kept else Rows([], {})
 

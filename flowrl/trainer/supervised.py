@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from flowrl.config import TrainConfig
 from flowrl.trainer.accumulation import Accumulation
@@ -42,10 +43,15 @@ class SupervisedTrainer:
         """
         totals = Totals()
         self._accumulation.begin()
-        kept = [demonstration for demonstration in demonstrations if len(demonstration.response_tokens)]
-        lengths = [len(item.prompt_tokens) + len(item.response_tokens) - 1 for item in kept]
-        for part in split_by_tokens(lengths, self._train.micro_batch_tokens):
-            self._backward([kept[index] for index in part], totals, weight=1.0)
+        kept = [place for place, demonstration in enumerate(demonstrations) if len(demonstration.response_tokens)]
+        lengths = [
+            len(demonstrations[place].prompt_tokens) + len(demonstrations[place].response_tokens) for place in kept
+        ]
+        losses: dict[int, torch.Tensor] = {}
+        for part in split_by_tokens([length - 1 for length in lengths], self._train.micro_batch_tokens):
+            places = [kept[index] for index in part]
+            loss_B = self._backward([demonstrations[place] for place in places], totals, weight=1.0)
+            losses |= dict(zip(places, loss_B, strict=True))
         self._accumulation.close(lambda: self._backward([CLOSING_DEMONSTRATION], totals, weight=0.0))
         totals.add("grad_square_sum", self._optimizer.gradient_square_sum())
         reduced = totals.reduce(self._world)
@@ -53,13 +59,18 @@ class SupervisedTrainer:
         loss, grad_norm = reduced["loss"] / num_tokens, math.sqrt(reduced["grad_square_sum"]) / num_tokens
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._optimizer.drop_gradients()
-            raise FloatingPointError(f"warm start: loss {loss}, gradient norm {grad_norm}; parameters unchanged")
+            culprits = sorted(place for place, row_loss in losses.items() if not row_loss.isfinite())
+            where = f"loss not finite in {culprits} of this rank's {len(demonstrations)} rows"
+            raise FloatingPointError(
+                f"warm start: loss {loss}, gradient norm {grad_norm}; parameters unchanged; {where}"
+            )
         clip = min(1.0, self._train.grad_clip / (grad_norm + 1e-6))
         self._optimizer.step(clip / num_tokens, self._learning_rate)
         self._policy.refresh_published()
         return {"sft/loss": loss, "sft/grad_norm": grad_norm, "sft/num_tokens": reduced["tokens"]}
 
-    def _backward(self, demonstrations: Sequence[Demonstration], totals: Totals, weight: float) -> None:
+    def _backward(self, demonstrations: Sequence[Demonstration], totals: Totals, weight: float) -> torch.Tensor:
+        """Returns each row's loss."""
         packed = pack(
             [item.prompt_tokens for item in demonstrations],
             [item.response_tokens for item in demonstrations],
@@ -71,3 +82,4 @@ class SupervisedTrainer:
         loss.backward()
         totals.add("loss", loss)
         totals.add("tokens", weight * len(logprob_R))
+        return -packed.table(logprob_R.detach()).sum(1)

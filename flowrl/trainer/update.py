@@ -21,17 +21,20 @@ from flowrl.algorithms.kl import is_past_target
 from flowrl.config import AlgorithmConfig, TrainConfig
 from flowrl.trainer.accumulation import Accumulation
 from flowrl.trainer.critic import Critic
+from flowrl.trainer.failure import Given
+from flowrl.trainer.flops import ModelFlops
 from flowrl.trainer.minibatches import minibatches
 from flowrl.trainer.model import Policy
 from flowrl.trainer.objective import Objective
 from flowrl.trainer.optimizer import ShardedAdamW
 from flowrl.trainer.packing import PER_TOKEN, MicroBatch, Sample, pack_samples, split_by_tokens
 from flowrl.trainer.preparation import LITE_PPO_EPS, Preparation, Prepared, scores
-from flowrl.trainer.reference import Reference
+from flowrl.trainer.reference import BaseReference, Reference
 from flowrl.trainer.schedule import learning_rate
 from flowrl.trainer.scoring import score_responses
 from flowrl.trainer.spikes import GradientSpikes
-from flowrl.trainer.totals import Totals
+from flowrl.trainer.step_metrics import step_metrics
+from flowrl.trainer.totals import Totals, spreads
 from flowrl.trainer.world import World
 from transfer_queue.rows import RowKey
 
@@ -47,19 +50,6 @@ CLOSING_SAMPLE = Sample(
 )
 
 
-class NonFiniteUpdate(RuntimeError):
-    """The loss or the gradient of a step is not a number; it was not taken. `rows` are this rank's culprits, `samples`
-    all that it gave to the step."""
-
-    samples: tuple[Sample, ...] = ()
-
-    def __init__(self, step: int, loss: float, grad_norm: float, rows: Sequence[RowKey], num_rows: int) -> None:
-        self.rows = tuple(rows)
-        named = ", ".join(f"{key.partition}/{key.group}/{key.index}.{key.attempt}" for key in rows)
-        where = f"the loss is not finite in rows {named}" if rows else f"it is finite in all {num_rows} rows here"
-        super().__init__(f"update {step}: loss {loss}, gradient norm {grad_norm}; step not taken; {where}")
-
-
 class PolicyTrainer:
     """begin_update, then accumulate any number of times, then end_update; `step` counts the updates done, which is the
     version of the policy that the next one starts from."""
@@ -73,7 +63,7 @@ class PolicyTrainer:
         *,
         max_response_tokens: int = 1,
         critic: Critic | None = None,
-        reference: Reference | None = None,
+        reference: Reference | BaseReference | None = None,
     ) -> None:
         """max_response_tokens: the most that a response may have, for algorithms that measure against it."""
         self.policy = policy
@@ -106,8 +96,8 @@ class PolicyTrainer:
         self._opened = ExitStack()
         self._batch: list[Sample] = []
         self._totals = Totals()
-        self._row_losses: list[tuple[tuple[RowKey, ...], torch.Tensor]] = []
-        self._seen: list[Sample] = []
+        self._given = Given()
+        self._flops = ModelFlops.of(policy.lm)
         self.spikes = GradientSpikes()
 
     def begin_update(self) -> None:
@@ -148,7 +138,7 @@ class PolicyTrainer:
                 steps.append(self._train_minibatch(prepared, places, is_first=not number))
         self._batch = []
         self.step += 1
-        found = _metrics(_merged(steps)) | measured
+        found = step_metrics(steps) | measured
         for name in ("actor/pg_loss", "actor/grad_norm", "actor/lr"):
             found[name] = sum(step[name] for step in steps) / len(steps)
         found["actor/grad_spikes"] = float(self.spikes.num)
@@ -194,13 +184,13 @@ class PolicyTrainer:
     def _begin_step(self) -> None:
         self._accumulation.begin()
         self._totals = Totals()
-        self._row_losses = []
-        self._seen = []
+        self._given = Given()
 
     def _accumulate(self, samples: Sequence[Sample]) -> None:
         """Adds the gradient, in micro-batches. Rows left out of the forward pass are counted all the same."""
         trained = [sample.num_trained_tokens for sample in samples]
-        self._seen += samples
+        self._given.samples += samples
+        self._measure_rewards(samples)
         self._totals.add("tokens", float(sum(trained)))
         self._totals.add("rows", float(sum(1 for count in trained if count)))
         if self._streaming is Streaming.SCALED:
@@ -213,9 +203,10 @@ class PolicyTrainer:
         lengths = [len(sample.prompt_tokens) + len(sample.response_tokens) - 1 for sample in kept]
         for part in split_by_tokens(lengths, self._train.micro_batch_tokens):
             chosen = [kept[index] for index in part]
+            num_targets = sum(sample.num_trained_tokens for sample in chosen)
+            self._totals.add("flops", self._flops.training([lengths[index] for index in part], num_targets))
             micro_batch = pack_samples(chosen, self._world.device, self.objective.columns)
-            loss_B = self._backward(micro_batch, weight=1.0)
-            self._row_losses.append((micro_batch.keys, loss_B))
+            self._given.add(micro_batch.keys, self._backward(micro_batch, weight=1.0))
 
     def _is_without_effect(self, sample: Sample) -> bool:
         """No term of the loss reaches a parameter."""
@@ -223,6 +214,11 @@ class PolicyTrainer:
             return False
         advantage = sample.per_token.get("advantage")
         return sample.advantage == 0.0 if advantage is None else not advantage.any()
+
+    def _measure_rewards(self, samples: Sequence[Sample]) -> None:
+        """Scores, shaped; where a KL is taken off them, the preparation measures what is left."""
+        if not self._algorithm.estimates_in_trainer:
+            self._totals.measure("critic/rewards", scores(samples, self._algorithm, self._max_response_tokens).numpy())
 
     def _add_scores(self, samples: Sequence[Sample]) -> None:
         score_B = scores(samples, self._algorithm, self._max_response_tokens).double()
@@ -240,7 +236,8 @@ class PolicyTrainer:
         grad_norm = math.sqrt(totals["grad_square_sum"]) / denominator
         loss = totals["loss"] / denominator
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise self._failure(loss, grad_norm)
+            self.optimizer.drop_gradients()
+            raise self._given.failure(f"update {self.step}", loss, grad_norm)
         rate = self.learning_rate()
         clip = min(1.0, self._train.grad_clip / (grad_norm + 1e-6))
         self.optimizer.step(clip / denominator, rate)
@@ -249,8 +246,9 @@ class PolicyTrainer:
         return totals | {"actor/pg_loss": loss, "actor/grad_norm": grad_norm, "actor/lr": rate}
 
     def _close(self, closing: MicroBatch) -> None:
-        self._totals.add("tokens", 0.0)
-        self._totals.add("rows", 0.0)
+        for name in ("tokens", "rows", "flops"):
+            self._totals.add(name, 0.0)
+        self._measure_rewards([])
         if self._streaming is Streaming.SCALED:
             self._add_scores([])
         self._backward(closing, weight=0.0)
@@ -294,14 +292,16 @@ class PolicyTrainer:
         return denominator * (math.sqrt(squares / max(1.0, count - 1)) + eps)
 
     def _prepared_metrics(self, prepared: Prepared) -> dict[str, float]:
-        """Means over the trained tokens of the batch."""
+        """Over all ranks."""
         totals = Totals()
-        totals.add("tokens", float(sum(sample.num_trained_tokens for sample in prepared.samples)))
-        for name, value in prepared.sums.items():
-            totals.add(name, value)
-        reduced = totals.reduce(self._world)
-        num_tokens = max(1.0, reduced.pop("tokens"))
-        return {name: value / num_tokens for name, value in reduced.items()}
+        for name, values in prepared.measured.items():
+            totals.measure(name, values.numpy())
+        if not prepared.measured:
+            return {}
+        found = spreads(totals.reduce(self._world))
+        kl = {name: value for name, value in found.items() if name.startswith("actor/reward_kl/")}
+        means = {name.removesuffix("/mean"): value for name, value in kl.items() if name.endswith("/mean")}
+        return {name: value for name, value in found.items() if name not in kl} | means
 
     def _adapt_kl(self, found: dict[str, float]) -> None:
         if self._algorithm.kl is None:
@@ -309,45 +309,3 @@ class PolicyTrainer:
         found["actor/kl_coef"] = self.objective.kl_coef.value
         mean = found["actor/kl" if self._algorithm.kl.place == "loss" else "actor/reward_kl"]
         self.objective.kl_coef.update(mean, int(found["training/num_rows"]) // self._train.epochs)
-
-    def _failure(self, loss: float, grad_norm: float) -> NonFiniteUpdate:
-        self.optimizer.drop_gradients()
-        culprits = [
-            key
-            for keys, loss_B in self._row_losses
-            for key, is_finite in zip(keys, loss_B.isfinite().tolist(), strict=True)
-            if not is_finite
-        ]
-        num_rows = sum(len(keys) for keys, _ in self._row_losses)
-        failure = NonFiniteUpdate(self.step, loss, grad_norm, culprits, num_rows)
-        failure.samples = tuple(self._seen)
-        return failure
-
-
-def _merged(steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Totals of several steps as of one."""
-    merged = dict(steps[0])
-    for step in steps[1:]:
-        for name, value in step.items():
-            merged[name] = max(merged[name], value) if name.endswith("_max") else merged[name] + value
-    for name in merged:
-        if name.startswith("critic/"):
-            merged[name] /= len(steps)
-    return merged
-
-
-def _metrics(totals: dict[str, float]) -> dict[str, float]:
-    """Means over the tokens that went through the model; sums and counts under names of their own."""
-    num_tokens = max(1.0, totals["forward_tokens"])
-    means = {name: value / num_tokens for name, value in totals.items() if name.startswith(("actor/", "rollout_corr/"))}
-    means |= {name: value for name, value in totals.items() if name.startswith("critic/")}
-    mean = totals["probs_diff"] / num_tokens
-    variance = max(0.0, totals["probs_diff_square"] / num_tokens - mean * mean)
-    return means | {
-        "training/rollout_probs_diff_mean": mean,
-        "training/rollout_probs_diff_std": math.sqrt(variance),
-        "training/rollout_probs_diff_max": totals["training/rollout_probs_diff_max"],
-        "training/num_tokens": totals["tokens"],
-        "training/num_rows": totals["rows"],
-        "training/num_forward_tokens": totals["forward_tokens"],
-    }

@@ -19,7 +19,7 @@ from flowrl.config.recipe import LEAST_LAG
 from flowrl.stages.proximal import ProximalStage
 from flowrl.stages.segments import HeldRow, Segments
 from flowrl.trainer.packing import Sample
-from tests.trainer.cases import TEMPERATURE, make_model, padded_logprobs
+from tests.trainer.cases import TEMPERATURE, make_model, padded_scores
 from transfer_queue.rows import RowKey
 
 
@@ -141,7 +141,7 @@ def test_the_stage_puts_log_probs_of_the_version_after_each_tokens_own(tmp_path:
         for version in (3, 4):
             lm = AutoModelForCausalLM.from_pretrained(paths[version + 1], dtype=torch.float64).eval()
             with torch.no_grad():
-                expected_BT, _, _ = padded_logprobs(lm, [held.sample])
+                expected_BT = padded_scores(lm, [held.sample]).logprob_BT
             is_ours = held.version_T == version
             np.testing.assert_allclose(queue.columns[held.key][is_ours], expected_BT[0].numpy()[is_ours], atol=1e-4)
     assert len(queue.columns) == 3

@@ -72,8 +72,11 @@ class PlainLoop:
                 response_mask=np.ones(len(generation.tokens), np.uint8),
                 rollout_logprobs=generation.logprobs,
                 advantage=float(advantage),
+                reward=float(score),
             )
-            for key, prompt, generation, advantage in zip(keys, prompts, generations, advantage_B, strict=True)
+            for key, prompt, generation, advantage, score in zip(
+                keys, prompts, generations, advantage_B, score_B, strict=True
+            )
         ]
         self.trainer.begin_update()
         self.trainer.accumulate(samples)

@@ -46,6 +46,7 @@ def _models() -> dict[str, PreTrainedModel]:
         "llama": LlamaForCausalLM(LlamaConfig(**COMMON, tie_word_embeddings=False)),
         "qwen2": Qwen2ForCausalLM(Qwen2Config(**COMMON, tie_word_embeddings=True)),
         "qwen3": Qwen3ForCausalLM(Qwen3Config(**COMMON, head_dim=8, tie_word_embeddings=False)),
+        "other": Qwen3ForCausalLM(Qwen3Config(**COMMON, head_dim=8, tie_word_embeddings=False)),
         "qwen3_moe": Qwen3MoeForCausalLM(Qwen3MoeConfig(**COMMON, **EXPERTS, head_dim=8, tie_word_embeddings=False)),
     }
 
@@ -54,7 +55,8 @@ ARCHITECTURES = ("gpt2", "llama", "qwen2", "qwen3", "qwen3_moe")
 
 
 def make_architectures(directory: Path) -> Path:
-    """directory/NAME for each of them. Biases and norms are drawn too: at 0 and 1 a mistake in them would not show."""
+    """directory/NAME for each of them, and directory/other, to be a reference that differs. Biases and norms are drawn
+    too: at 0 and 1 a mistake in them would not show."""
     torch.manual_seed(0)
     for name, model in _models().items():
         with torch.no_grad():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from flowrl.config import AlgorithmConfig, TrainConfig
@@ -110,7 +111,7 @@ def reference(model_dir: Path, samples: list[Sample], mode: str) -> tuple[float,
 
 def padded_loss(lm: torch.nn.Module, samples: list[Sample], mode: str) -> torch.Tensor:
     """The clipped loss, written out."""
-    logprob_BT, mask_BT, old_BT = padded_logprobs(lm, samples)
+    logprob_BT, _, mask_BT, old_BT = padded_scores(lm, samples)
     advantage_B1 = torch.tensor([[sample.advantage] for sample in samples], dtype=torch.float64)
     ratio_BT = (logprob_BT - old_BT).exp()
     loss_BT = torch.maximum(-advantage_B1 * ratio_BT, -advantage_B1 * ratio_BT.clamp(0.8, 1.28))
@@ -126,23 +127,32 @@ def padded_loss(lm: torch.nn.Module, samples: list[Sample], mode: str) -> torch.
     return losses[mode]
 
 
-def padded_logprobs(lm: torch.nn.Module, samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(log-probs, mask, rollout log-probs), each (B, T) in float64, of rows padded on the right."""
+class Padded(NamedTuple):
+    """(B, T) each, in float64: responses of rows padded on the right. behave: the rollout's log-probs."""
+
+    logprob_BT: torch.Tensor
+    entropy_BT: torch.Tensor
+    mask_BT: torch.Tensor
+    behave_BT: torch.Tensor
+
+
+def padded_scores(lm: torch.nn.Module, samples: list[Sample]) -> Padded:
     num_columns = max(len(sample.response_tokens) for sample in samples)
     token_BL, seen_BL = padded_tokens(samples)
-    mask_BT, old_BT = (torch.zeros(len(samples), num_columns, dtype=torch.float64) for _ in range(2))
+    mask_BT, behave_BT = (torch.zeros(len(samples), num_columns, dtype=torch.float64) for _ in range(2))
     for row, sample in enumerate(samples):
         mask_BT[row, : len(sample.response_mask)] = torch.from_numpy(sample.response_mask)
-        old_BT[row, : len(sample.rollout_logprobs)] = torch.from_numpy(sample.rollout_logprobs)
+        behave_BT[row, : len(sample.rollout_logprobs)] = torch.from_numpy(sample.rollout_logprobs)
     every_BLV = (lm(token_BL, attention_mask=seen_BL).logits / TEMPERATURE).log_softmax(-1)
-    rows = []
+    entropy_BL = -(every_BLV.exp() * every_BLV).sum(-1)
+    logprobs, entropies = [], []
     for row, sample in enumerate(samples):
         num_prompt, num_response = len(sample.prompt_tokens), len(sample.response_tokens)
         places = torch.arange(num_prompt - 1, num_prompt + num_response - 1)
         targets = token_BL[row, num_prompt : num_prompt + num_response]
-        logprobs = every_BLV[row, places, targets]
-        rows.append(torch.nn.functional.pad(logprobs, (0, num_columns - num_response)))
-    return torch.stack(rows), mask_BT, old_BT
+        logprobs.append(F.pad(every_BLV[row, places, targets], (0, num_columns - num_response)))
+        entropies.append(F.pad(entropy_BL[row, places], (0, num_columns - num_response)))
+    return Padded(torch.stack(logprobs), torch.stack(entropies), mask_BT, behave_BT)
 
 
 def padded_tokens(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:

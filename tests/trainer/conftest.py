@@ -11,6 +11,7 @@ import torch
 
 from flowrl.trainer.world import World, join
 from tests.trainer.cases import make_model
+from tests.trainer.ladder import Ladder
 
 
 def free_port() -> int:
@@ -34,3 +35,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def untied_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("untied"), tied=False)
+
+
+@pytest.fixture(scope="session")
+def ladder(tmp_path_factory: pytest.TempPathFactory) -> Ladder:
+    return Ladder(tmp_path_factory.mktemp("ladder"))

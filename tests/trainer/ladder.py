@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -33,3 +35,9 @@ class Ladder:
         archives = [np.load(path) for path in sorted(self.rung(size).glob(f"{name}-?.npz"))]
         assert len(archives) == size
         return [archive[key] for archive in archives for key in archive.files]
+
+    @cache  # noqa: B019  # there is one ladder, and it lasts as long as the tests
+    def matrix(self, size: int, rank: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """(gradients end to end, losses) by case and cut."""
+        path = self.rung(size) / f"matrix-{rank}"
+        return dict(np.load(path.with_suffix(".npz"))), json.loads(path.with_suffix(".json").read_text())

@@ -10,6 +10,8 @@ import pytest
 
 from flowrl.config import CriticConfig, ReferenceConfig, TrainConfig
 from flowrl.trainer.critic import Critic
+from flowrl.trainer.dump import dumping
+from flowrl.trainer.failure import NonFiniteUpdate
 from flowrl.trainer.reference import Reference
 from flowrl.trainer.world import World
 from tests.trainer.cases import TEMPERATURE, make_returns, make_samples
@@ -55,15 +57,24 @@ def test_values_may_be_asked_for_within_an_update(world: World, model_dir: Path)
     assert not np.array_equal(np.concatenate(critic.values(SAMPLES)), np.concatenate(before))
 
 
-def test_return_that_is_not_finite_steps_nothing(world: World, model_dir: Path) -> None:
+def test_return_that_is_not_finite_steps_nothing_and_its_row_is_dumped(
+    world: World, model_dir: Path, tmp_path: Path
+) -> None:
     critic = make_critic(model_dir, world)
     before = critic.values(SAMPLES)
     broken, old_values = make_returns(SAMPLES)
-    broken[0][0] = np.nan
-    with pytest.raises(FloatingPointError, match=r"critic, update 0: loss nan.*parameters unchanged"):
+    broken[5][0] = np.nan
+    with (
+        pytest.raises(NonFiniteUpdate, match=r"critic, update 0: loss nan.*step not taken.*rows train/1/1\.0"),
+        dumping(tmp_path, update=7, rank=0),
+    ):
         update(critic, broken, old_values)
     assert all(np.array_equal(a, b) for a, b in zip(before, critic.values(SAMPLES), strict=True))
     assert critic.step == 0
+    dumped = np.load(tmp_path / "not_finite_7_0.npz", allow_pickle=False)
+    assert dumped["is_culprit"].tolist() == [place == 5 for place in range(len(SAMPLES))]
+    np.testing.assert_array_equal(dumped["per_token_return"], np.concatenate(broken))
+    np.testing.assert_array_equal(dumped["per_token_value"], np.concatenate(old_values))
 
 
 def test_returns_of_another_length_are_refused_by_row(world: World, model_dir: Path) -> None:

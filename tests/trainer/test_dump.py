@@ -10,8 +10,8 @@ import pytest
 
 from flowrl.trainer.checkpoint import load, save
 from flowrl.trainer.dump import dumping
+from flowrl.trainer.failure import NonFiniteUpdate
 from flowrl.trainer.spikes import FACTOR, LEAST, GradientSpikes
-from flowrl.trainer.update import NonFiniteUpdate
 from flowrl.trainer.world import World
 from tests.trainer.cases import make_samples, make_trainer, update
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowrl.trainer.logprob import token_logprobs
 
-R, H, V = 37, 16, 101
+R, H, V = 37, 3, 101
 
 
 def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -21,24 +24,48 @@ def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_values_and_gradients_equal_naive_float64(chunk_tokens: int, temperature: float) -> None:
     hidden_RH, weight_VH, target_R = inputs(torch.float32)
-    upstream_R = torch.randn(R)
+    upstream_R, of_entropy_R = torch.randn(2, R)
     logprob_R, entropy_R = token_logprobs(hidden_RH, weight_VH, target_R, temperature, chunk_tokens * V)
-    (logprob_R * upstream_R).sum().backward()
+    (logprob_R * upstream_R + entropy_R * of_entropy_R).sum().backward()
     exact_hidden, exact_weight = (x.detach().double().requires_grad_() for x in (hidden_RH, weight_VH))
     every_RV = (exact_hidden @ exact_weight.T / temperature).log_softmax(-1)
-    exact_R = every_RV[torch.arange(R), target_R]
-    (exact_R * upstream_R).sum().backward()
+    exact_R, exact_entropy_R = every_RV[torch.arange(R), target_R], -(every_RV.exp() * every_RV).sum(-1)
+    (exact_R * upstream_R + exact_entropy_R * of_entropy_R).sum().backward()
     assert hidden_RH.grad is not None and weight_VH.grad is not None
     torch.testing.assert_close(logprob_R.double(), exact_R, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(entropy_R.double(), -(every_RV.exp() * every_RV).sum(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy_R.double(), exact_entropy_R, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(hidden_RH.grad.double(), exact_hidden.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(weight_VH.grad.double(), exact_weight.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_backward_is_the_derivative_of_forward() -> None:
+@pytest.mark.parametrize("output", [0, 1, slice(None)])
+def test_backward_is_the_derivative_of_forward(output: int | slice) -> None:
+    """Of log-probs alone, of entropies alone, of both."""
     hidden_RH, weight_VH, target_R = inputs(torch.float64)
-    few = (hidden_RH[:5].detach().requires_grad_(), weight_VH, target_R[:5])
-    assert torch.autograd.gradcheck(lambda h, w, t: token_logprobs(h, w, t, 0.9, 2 * V)[0], few)
+    few = (hidden_RH[:3].detach().requires_grad_(), weight_VH[:23].detach().requires_grad_(), target_R[:3] % 23)
+    assert torch.autograd.gradcheck(lambda h, w, t: token_logprobs(h, w, t, 0.9, 2 * 23)[output], few)
+
+
+def test_no_tensor_of_tokens_times_vocabulary_is_made_in_either_direction() -> None:
+    """But for the gradient of the head, nothing is larger than a chunk."""
+    hidden_RH, weight_VH, target_R = inputs(torch.float32)
+    with Largest() as largest:
+        logprob_R, entropy_R = token_logprobs(hidden_RH, weight_VH, target_R, 0.7, 4 * V)
+        (logprob_R + 0.1 * entropy_R).sum().backward()
+    assert largest.num_elements == max(4 * V, V * H)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operation inside gives, forward or backward."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.num_elements = max(self.num_elements, tensor.numel())
+        return out
 
 
 def test_bfloat16_logits_are_reduced_in_float32() -> None:

@@ -10,9 +10,13 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from flowrl.config import LoRAConfig
+from flowrl.config import LoRAConfig, TrainConfig
+from flowrl.config.presets import configured
 from flowrl.trainer.checkpoint import load, save
+from flowrl.trainer.model import load_policy
 from flowrl.trainer.packing import pack
+from flowrl.trainer.reference import BaseReference, Reference
+from flowrl.trainer.update import PolicyTrainer
 from flowrl.trainer.world import World
 from flowrl.weights.publish import Publisher
 from tests.trainer.cases import TEMPERATURE, make_samples, make_trainer, update
@@ -57,6 +61,24 @@ def test_published_model_gives_the_log_probs_that_were_trained(world: World, mod
     at = torch.arange(len(response))[kept], torch.from_numpy(response.astype("int64"))[kept]
     torch.testing.assert_close(trained_R, logprob_RV[at], rtol=1e-4, atol=1e-5)
     assert (trained_R - base_RV[at]).abs().max() > 1e-2
+
+
+def test_base_under_the_adapters_is_a_reference_that_costs_no_memory(world: World, model_dir: Path) -> None:
+    """Scores and gradients are those with a model of its own, whichever way the update takes its batch."""
+    train = TrainConfig(learning_rate=1e-2, warmup_steps=0, grad_clip=1e9, micro_batch_tokens=64)
+    for place in ("loss", "reward"):
+        algorithm = configured("grpo", kl={"coef": 0.2, "place": place})
+        parameters = []
+        for has_own in (True, False):
+            policy = load_policy(model_dir, world, temperature=TEMPERATURE, lora=LORA)
+            reference: Reference | BaseReference = BaseReference(policy, world, micro_batch_tokens=64)
+            if has_own:
+                reference = Reference(model_dir, world, temperature=TEMPERATURE, micro_batch_tokens=64)
+            trainer = PolicyTrainer(policy, world, train, algorithm, max_response_tokens=20, reference=reference)
+            metrics = [update(trainer, SAMPLES[:3], SAMPLES[3:]) for _ in range(3)]
+            assert metrics[-1]["actor/kl" if place == "loss" else "actor/reward_kl"] > 0
+            parameters.append(torch.cat([p.full_tensor().flatten() for p in policy.parameters() if p.requires_grad]))
+        torch.testing.assert_close(parameters[0], parameters[1], rtol=1e-4, atol=1e-5)
 
 
 def test_target_that_no_module_has_is_refused(world: World, model_dir: Path) -> None:

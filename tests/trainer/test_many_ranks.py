@@ -14,31 +14,33 @@ from transformers import AutoModel, AutoModelForCausalLM
 from flowrl.trainer.checkpoint import latest, load
 from flowrl.trainer.lora import add_adapters
 from flowrl.trainer.packing import Sample
+from flowrl.trainer.update import PolicyTrainer
 from flowrl.trainer.world import World
 from tests.trainer.architectures import ARCHITECTURES
 from tests.trainer.cases import (
     distance,
-    first_gradient,
     make_returns,
     make_samples,
-    make_trainer,
-    padded_logprobs,
     padded_loss,
+    padded_scores,
     padded_tokens,
     reference,
-    update,
 )
 from tests.trainer.ladder import SIZES, Ladder
-from tests.trainer.ladder_process import LORA, NUM_ROWS, VARIANTS
+from tests.trainer.ladder_process import (
+    ADAPTED,
+    LORA,
+    MATRIX_ROWS,
+    NUM_ROWS,
+    VARIANTS,
+    make_trainer_with_critic,
+    update_both,
+)
+from tests.trainer.loss_matrix import CASES, CUTS, expected_gradients
 
 SAMPLES = make_samples(NUM_ROWS)
 # Whoever comes first climbs; up to seven processes share what cores there are.
 pytestmark = pytest.mark.timeout(240)
-
-
-@pytest.fixture(scope="module")
-def ladder(tmp_path_factory: pytest.TempPathFactory) -> Ladder:
-    return Ladder(tmp_path_factory.mktemp("ladder"))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -51,14 +53,27 @@ def test_loss_and_gradient_are_those_of_a_padded_batch(size: int, name: str, lad
         assert distance(dict(np.load(ladder.rung(size) / f"{name}-{rank}.npz")), gradient) < 1e-5
 
 
-@pytest.mark.parametrize("budget", [1, 50, 10_000])
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_neither_micro_batches_nor_streaming_change_a_gradient(
-    name: str, budget: int, ladder: Ladder, world: World
+@pytest.fixture(scope="module")
+def expected(ladder: Ladder) -> dict[str, tuple[float, np.ndarray]]:
+    """Loss and gradient by case, from a padded pass."""
+    found = expected_gradients(ladder.models, make_samples(MATRIX_ROWS))
+    return {
+        name: (loss, np.concatenate([gradient[key].reshape(-1) for key in sorted(gradient)]))
+        for name, (loss, gradient) in found.items()
+    }
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("name", CASES)
+def test_whatever_the_loss_and_however_the_batch_is_cut_its_gradient_is_that_of_the_padded_batch(
+    name: str, cut: str, expected: dict[str, tuple[float, np.ndarray]], ladder: Ladder
 ) -> None:
-    trainer = make_trainer(ladder.models / name, world, budget=budget)
-    update(trainer, SAMPLES[6:], SAMPLES[:1], SAMPLES[1:6])
-    assert distance(first_gradient(trainer), dict(np.load(ladder.rung(1) / f"{name}-0.npz"))) < 1e-5
+    loss, gradient = expected[name]
+    for size in SIZES:
+        for rank in range(size):
+            found, losses = ladder.matrix(size, rank)
+            assert losses[f"{name}/{cut}"] == pytest.approx(loss, rel=1e-5)
+            assert np.linalg.norm(found[f"{name}/{cut}"] - gradient) < 1e-5 * np.linalg.norm(gradient)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -68,7 +83,7 @@ def test_recomputing_or_offloading_changes_no_gradient(variant: str, ladder: Lad
         assert distance(dict(np.load(ladder.rung(size) / f"{variant}-0.npz")), expected) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("name", ADAPTED)
 def test_adapters_train_as_in_a_plain_loop_and_are_published_merged(name: str, ladder: Ladder) -> None:
     plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
     lm = AutoModelForCausalLM.from_pretrained(ladder.models / name, dtype=torch.float32, **plain)
@@ -87,7 +102,7 @@ def test_adapters_train_as_in_a_plain_loop_and_are_published_merged(name: str, l
         product = adapters[key.replace("lora_A", "lora_B")] @ adapters[key] * 2.0
         module = key.split(".lora_A.")[0]
         expected[f"{module}.weight"] = before[f"{module}.weight"] + (product.T if name == "gpt2" else product)
-    for size in SIZES:
+    for size in SIZES if name == ADAPTED[0] else SIZES[:2]:
         found = load_file(ladder.rung(size) / f"merged-{name}-{size - 1}.safetensors")
         assert set(found) == set(before)
         change = {key: (tensor - before[key]).numpy() for key, tensor in found.items()}
@@ -100,7 +115,7 @@ def test_reference_logprobs_equal_a_padded_forward_pass(size: int, ladder: Ladde
     path = ladder.models / "qwen3"
     lm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="eager").eval()
     with torch.no_grad():
-        logprob_BT, _, _ = padded_logprobs(lm, SAMPLES)
+        logprob_BT = padded_scores(lm, SAMPLES).logprob_BT
     for name in ("together", "alone"):
         scores = ladder.arrays(size, name)
         for score, sample, expected in zip(scores, SAMPLES, logprob_BT.numpy(), strict=True):
@@ -156,17 +171,29 @@ def test_values_and_value_gradient_are_those_of_a_padded_batch_on_any_number_of_
 
 
 def test_checkpoint_climbs_from_one_rank_to_four_and_back(ladder: Ladder, world: World) -> None:
-    uninterrupted = make_trainer(ladder.models / "qwen3", world)
+    """Policy, critic, and the moments of both."""
+    uninterrupted = make_trainer_with_critic(ladder.models / "qwen3", world)
+    start = parameters(uninterrupted)
     for step in range(3):
-        update(uninterrupted, make_samples(NUM_ROWS, seed=100 + step))
-    resumed = make_trainer(ladder.models / "qwen3", world)
+        update_both(uninterrupted, make_samples(NUM_ROWS, seed=100 + step), slice(None))
+    resumed = make_trainer_with_critic(ladder.models / "qwen3", world)
     path = latest(ladder.rung(4) / "checkpoints")
     assert path is not None and load(path, resumed) == {"rung": 4} and resumed.step == 3
     for trainer in (uninterrupted, resumed):
-        update(trainer, make_samples(NUM_ROWS, seed=103))
-    start = AutoModelForCausalLM.from_pretrained(ladder.models / "qwen3", dtype=torch.float32).state_dict()
-    changes = [
-        {name: (p.full_tensor() - start[name]).detach().numpy() for name, p in trainer.policy.lm.named_parameters()}
-        for trainer in (resumed, uninterrupted)
-    ]
-    assert distance(*changes) < 1e-3
+        update_both(trainer, make_samples(NUM_ROWS, seed=103), slice(None))
+    for kind in ("policy", "critic"):
+        found, other = (
+            {name: value - start[name] for name, value in parameters(trainer).items() if name.startswith(kind)}
+            for trainer in (resumed, uninterrupted)
+        )
+        assert distance(found, other) < 1e-3
+
+
+def parameters(trainer: PolicyTrainer) -> dict[str, np.ndarray]:
+    assert trainer.critic is not None
+    models = {"policy": trainer.policy, "critic": trainer.critic.model}
+    return {
+        f"{kind}.{name}": parameter.full_tensor().detach().numpy().copy()
+        for kind, model in models.items()
+        for name, parameter in model.named_parameters()
+    }

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 from flowrl.trainer.attention import ATTENTION_NAME, PackedLayout, packed_attention
 from flowrl.trainer.model import Policy
 from flowrl.trainer.packing import pack_samples, samples_from_rows, split_by_tokens
-from tests.trainer.cases import TEMPERATURE, VOCABULARY, make_samples, padded_logprobs
+from tests.trainer.cases import TEMPERATURE, VOCABULARY, make_samples, padded_scores
 from transfer_queue.rows import Column, RowKey, Rows
 
 CPU = torch.device("cpu")
@@ -70,7 +70,7 @@ def test_packed_logprobs_equal_those_of_a_padded_forward(model_dir: Path) -> Non
     with torch.no_grad():
         logprob_R, _ = Policy(lm, TEMPERATURE)(micro_batch.packed)
         exact = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64, attn_implementation="eager").eval()
-        exact_BT, mask_BT, old_BT = padded_logprobs(exact, samples)
+        exact_BT, _, mask_BT, old_BT = padded_scores(exact, samples)
     is_trained = mask_BT > 0
     torch.testing.assert_close(logprob_R.double(), exact_BT[is_trained], rtol=0, atol=1e-5)
     torch.testing.assert_close(micro_batch.rollout_logprob_R.double(), old_BT[is_trained])
@@ -93,7 +93,7 @@ def test_other_families_take_packed_attention(config_class: Any, model_class: An
     lm = model_class(config).eval()
     samples = [sample for sample in make_samples(6) if sample.num_trained_tokens]
     with torch.no_grad():
-        exact_BT, mask_BT, _ = padded_logprobs(lm, samples)
+        exact_BT, _, mask_BT, _ = padded_scores(lm, samples)
         lm.set_attn_implementation(ATTENTION_NAME)
         logprob_R, _ = Policy(lm, TEMPERATURE)(pack_samples(samples, CPU).packed)
     torch.testing.assert_close(logprob_R, exact_BT[mask_BT > 0].float(), rtol=0, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ def demonstrations() -> list[Demonstration]:
 
 
 def test_supervised_steps_lower_the_loss_to_near_zero(world: World, model_dir: Path) -> None:
-    trainer = SupervisedTrainer(load_policy(model_dir, world), world, TrainConfig(micro_batch_tokens=64), 1e-2)
+    trainer = SupervisedTrainer(load_policy(model_dir, world), world, TrainConfig(micro_batch_tokens=256), 1e-2)
     losses = [trainer.step(demonstrations())["sft/loss"] for _ in range(60)]
     assert losses[0] > 3.0
     assert losses[-1] < 0.3
@@ -47,9 +48,14 @@ def test_loss_is_the_token_mean_over_all_responses(world: World, model_dir: Path
     assert metrics["sft/loss"] == pytest.approx(negative / count, rel=1e-5)
 
 
-def test_loss_that_is_not_finite_steps_nothing(world: World, model_dir: Path) -> None:
-    policy = load_policy(model_dir, world)
+def test_loss_that_is_not_finite_steps_nothing_and_its_rows_are_named(world: World, untied_model_dir: Path) -> None:
+    policy = load_policy(untied_model_dir, world)
+    batch = [replace(item, prompt_tokens=np.minimum(item.prompt_tokens, 40)) for item in demonstrations()[:5]]
+    batch[3] = replace(batch[3], prompt_tokens=np.array([47], np.int32))
     with torch.no_grad():
-        policy.lm.base_model.norm.weight.to_local().fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="warm start: loss nan"):
-        SupervisedTrainer(policy, world, TrainConfig(), 1e-3).step(demonstrations())
+        policy.lm.get_input_embeddings().weight.to_local()[47] = float("nan")
+    before = policy.lm.lm_head.weight.full_tensor().clone()
+    trainer = SupervisedTrainer(policy, world, TrainConfig(micro_batch_tokens=10), 1e-3)
+    with pytest.raises(FloatingPointError, match=r"warm start: loss nan.*not finite in \[3\] of this rank's 5 rows"):
+        trainer.step(batch)
+    assert torch.equal(policy.lm.lm_head.weight.full_tensor(), before)

@@ -1,65 +1,26 @@
-"""Two real ranks over gloo compute what one does, however the rows are dealt out."""
+"""What two real ranks do together beside computing a gradient: stop, publish, leave a checkpoint, warm up."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from flowrl.trainer.checkpoint import latest, load
 from flowrl.trainer.world import World
-from tests.trainer.cases import distance, make_samples, make_trainer, reference, update
-from tests.trainer.conftest import free_port
-from tests.trainer.rank_process import NUM_ROWS, SPLITS
+from tests.trainer.cases import make_samples, make_trainer, update
+from tests.trainer.ladder import Ladder
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture(scope="module")
-def found(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def found(ladder: Ladder) -> Path:
     """What the two ranks left behind."""
-    out = tmp_path_factory.mktemp("ranks")
-    port = free_port()
-    arguments = [str(port), str(model_dir), str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.trainer.rank_process", str(rank), *arguments],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for rank in ranks:
-            output, _ = rank.communicate(timeout=90)
-            assert rank.returncode == 0, output
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()
-    return out
-
-
-@pytest.mark.parametrize("name", sorted(SPLITS))
-def test_two_ranks_sum_to_the_gradient_of_the_whole_batch(name: str, found: Path, model_dir: Path) -> None:
-    samples = make_samples(NUM_ROWS)
-    trained = [samples[index] for split in SPLITS[name] for index in split]
-    loss, gradient = reference(model_dir, trained, "token-mean")
-    for rank in range(2):
-        metrics = json.loads((found / f"{name}-{rank}.json").read_text())
-        assert metrics["actor/pg_loss"] == pytest.approx(loss, rel=1e-4)
-        assert distance(dict(np.load(found / f"{name}-{rank}.npz")), gradient) < 1e-5
+    return ladder.rung(2)
 
 
 def test_row_that_is_not_finite_stops_both_ranks(found: Path) -> None:
@@ -68,9 +29,9 @@ def test_row_that_is_not_finite_stops_both_ranks(found: Path) -> None:
     assert failures[0]["after"] == failures[1]["after"] > 0
 
 
-def test_one_rank_continues_the_checkpoint_of_two(found: Path, world: World, model_dir: Path) -> None:
-    trainer = make_trainer(model_dir, world)
-    path = latest(found / "checkpoints")
+def test_one_rank_continues_the_checkpoint_of_two(found: Path, ladder: Ladder, world: World) -> None:
+    trainer = make_trainer(ladder.models / "qwen3", world)
+    path = latest(found / "saved")
     assert path is not None and load(path, trainer) == {"cursor": 7}
     update(trainer, make_samples(8, seed=12))
     published = load_file(found / "published" / "v00000003" / "model.safetensors")

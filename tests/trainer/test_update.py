@@ -13,19 +13,20 @@ import torch
 
 from flowrl.config import TrainConfig
 from flowrl.config.presets import configured
+from flowrl.trainer.failure import NonFiniteUpdate
 from flowrl.trainer.minibatches import minibatches
 from flowrl.trainer.model import load_policy
 from flowrl.trainer.packing import Sample
 from flowrl.trainer.reference import Reference
-from flowrl.trainer.update import NonFiniteUpdate, PolicyTrainer
+from flowrl.trainer.update import PolicyTrainer
 from flowrl.trainer.world import World
 from tests.algorithms import slow_float64 as slow
 from tests.trainer.cases import TEMPERATURE, distance, first_gradient, make_samples, make_trainer, reference, update
-from tests.trainer.ranks import run_ranks
-from tests.trainer.update_process import train_all
+from tests.trainer.ladder import Ladder
 from tests.trainer.whole_batches import CONFIGURATIONS, change, make, make_batch, starting_weights, updates
 
 SAMPLES = make_samples(24)
+SPREAD = ("rewards", "advantages", "returns", "values")
 
 
 @pytest.mark.parametrize("mode", ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean"])
@@ -84,6 +85,7 @@ def test_metrics_carry_the_names_of_the_field(world: World, model_dir: Path) -> 
     metrics = update(make_trainer(model_dir, world), SAMPLES)
     names = "pg_loss entropy ppo_kl pg_clipfrac grad_norm lr"
     assert {f"actor/{name}" for name in names.split()} <= set(metrics)
+    assert metrics["critic/rewards/mean"] == metrics["critic/rewards/max"] == 0  # these samples have none
     assert 0 < metrics["actor/entropy"] < math.log(48)
     assert 0 < metrics["training/rollout_probs_diff_mean"] < metrics["training/rollout_probs_diff_max"] < 1
 
@@ -119,22 +121,21 @@ def test_bfloat16_compute_stays_near_float32(world: World, model_dir: Path) -> N
 
 
 @pytest.fixture(scope="module")
-def two_ranks(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two ranks made of every configuration, whole groups dealt out unevenly."""
-    out = tmp_path_factory.mktemp("whole")
-    run_ranks(train_all, 2, out, model_dir)
-    return out
+def start(ladder: Ladder, world: World) -> dict[str, np.ndarray]:
+    return starting_weights(ladder.models / "qwen3", world)
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("name", sorted(CONFIGURATIONS))
 def test_neither_ranks_nor_micro_batches_change_an_update(
-    name: str, two_ranks: Path, world: World, model_dir: Path
+    name: str, start: dict[str, np.ndarray], ladder: Ladder, world: World
 ) -> None:
-    metrics, parameters = updates(make(name, model_dir, world, budget=40), make_batch()[12:], [], make_batch()[:12])
-    start = starting_weights(model_dir, world)
+    """Two ranks, with whole groups dealt out unevenly, and one that takes the batch in three parts."""
+    found, model = ladder.rung(2), ladder.models / "qwen3"
+    metrics, parameters = updates(make(name, model, world, budget=40), make_batch()[12:], [], make_batch()[:12])
     for rank in range(2):
-        assert change(dict(np.load(two_ranks / f"{name}-{rank}.npz")), parameters, start) < 2e-3
-        other = json.loads((two_ranks / f"{name}-{rank}.json").read_text())
+        assert change(dict(np.load(found / f"whole-{name}-{rank}.npz")), parameters, start) < 2e-3
+        other = json.loads((found / f"whole-{name}-{rank}.json").read_text())
         assert set(other) == set(metrics)
         for key in (
             "actor/pg_loss",
@@ -228,18 +229,25 @@ def test_an_update_stops_where_the_policy_has_gone_too_far(world: World, model_d
 
 def test_a_critic_learns_what_the_returns_are(world: World, model_dir: Path) -> None:
     trainer = make("critic", model_dir, world, rate=1e-6)
-    losses = [update(trainer, make_batch())["critic/vf_loss"] for _ in range(6)]
-    assert losses[-1] < 0.5 * losses[0]
+    metrics = [update(trainer, make_batch()) for _ in range(6)]
+    assert metrics[-1]["critic/vf_loss"] < 0.5 * metrics[0]["critic/vf_loss"]
+    assert {f"critic/{name}/{part}" for name in SPREAD for part in ("mean", "max", "min")} <= set(metrics[0])
+    assert metrics[0]["critic/values/max"] == 0 and metrics[-1]["critic/values/max"] > metrics[-1]["critic/values/min"]
+    rewards = [sample.reward for sample in make_batch()]
+    assert metrics[0]["critic/rewards/max"] == pytest.approx(max(rewards), rel=1e-6)
+    # At lambda 0.9 a return is a sum of what is left of the one reward: no larger, and as large on the last token.
+    assert metrics[0]["critic/returns/max"] <= metrics[0]["critic/rewards/max"] + 1e-6
     assert trainer.critic is not None and trainer.critic.step == trainer.step == 6
 
 
-def test_an_adaptive_coefficient_seeks_its_target(world: World, model_dir: Path) -> None:
+@pytest.mark.parametrize("name", ["kl_in_reward", "kl_in_loss"])
+def test_an_adaptive_coefficient_seeks_its_target(name: str, world: World, model_dir: Path) -> None:
     """The policy is its own reference at first: a KL of zero lowers the coefficient."""
     reference = Reference(model_dir, world, temperature=TEMPERATURE)
     own = [
         replace(s, rollout_logprobs=row) for s, row in zip(make_batch(), reference.logprobs(make_batch()), strict=True)
     ]
-    trainer = make("kl_in_reward", model_dir, world, rate=1e-9)
+    trainer = make(name, model_dir, world, rate=1e-9)
     coefficients = [update(trainer, own)["actor/kl_coef"] for _ in range(2)]
     assert coefficients[0] == 0.1
     assert coefficients[1] == pytest.approx(0.1 * (1 - 0.2 * 23 / 10_000))

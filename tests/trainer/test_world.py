@@ -2,60 +2,35 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from flowrl.trainer.totals import Totals
+from flowrl.trainer.totals import Totals, spreads
 from flowrl.trainer.world import World, join
 from tests.trainer.conftest import free_port
-
-ROOT = Path(__file__).parents[2]
-
-# Rank 0 sums with rank 1 once; then rank 1 dies without a word, and rank 0 says how its next sum ended.
-PROGRAM = """
-import os, sys
-from flowrl.trainer.totals import Totals
-from flowrl.trainer.world import join
-
-rank, port = int(sys.argv[1]), int(sys.argv[2])
-totals = Totals()
-totals.add("ranks", 1.0)
-with join(host="127.0.0.1", port=port, rank=rank, world_size=2, interface="lo", timeout_s=20) as world:
-    assert totals.reduce(world) == {"ranks": 2.0}
-    if rank == 1:
-        os._exit(9)
-    try:
-        totals.reduce(world)
-    except RuntimeError as error:
-        print("refused", flush=True)
-        os._exit(0)
-"""
+from tests.trainer.ranks import process, sum_until_one_dies
 
 
-def test_rank_whose_neighbour_died_fails_and_does_not_hang() -> None:
-    port = str(free_port())
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def test_rank_whose_neighbour_died_fails_and_does_not_hang(tmp_path: Path) -> None:
+    """Rank 0 sums with rank 1 once; then rank 1 dies without a word, and rank 0 says how its next sum ended."""
+    port = free_port()
+    ranks = [process(sum_until_one_dies, rank, port, tmp_path) for rank in range(2)]
     started = time.monotonic()
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(rank), port], env=environment, stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
     try:
-        output, _ = ranks[0].communicate(timeout=60)
-        assert ranks[1].wait(timeout=10) == 9
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(60)
+        assert [rank.exitcode for rank in ranks] == [0, 9]
     finally:
         for rank in ranks:
             rank.kill()
-            rank.communicate()
-    assert output == "refused\n"
+            rank.join()
+    assert (tmp_path / "ended").read_text() == "refused"
     assert time.monotonic() - started < 45
 
 
@@ -73,3 +48,16 @@ def test_totals_add_up_without_losing_small_counts(world: World) -> None:
     totals.maximum("largest", torch.tensor(2.0))
     totals.maximum("largest", torch.tensor(1.0))
     assert totals.reduce(world) == {"tokens": 3 * 2**24 + 3, "loss": 1.5, "largest": 2.0}
+
+
+def test_spreads_are_of_all_values_and_zero_of_none(world: World) -> None:
+    totals = Totals()
+    totals.add("rows", 1.0)
+    for values in ([-1.0, 4.0], [], [3.0]):
+        totals.measure("score", np.array(values, np.float32))
+    totals.measure("none", np.empty(0))
+    reduced = totals.reduce(world)
+    assert spreads(reduced) == {
+        "score/mean": 2.0, "score/max": 4.0, "score/min": -1.0, "none/mean": 0.0, "none/max": 0.0, "none/min": 0.0,
+    }  # fmt: skip
+    assert reduced == {"rows": 1.0}

@@ -30,7 +30,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "decoupled": {"name": "decoupled_ppo", "m2po": 0.02, "train": {"minibatches": 2, "epochs": 2}},
     "critic": {"name": "ppo", "advantage_settings": {"lam": 0.9}, "train": {"minibatches": 2}},
     "kl_in_reward": {"name": "grpo", "kl": {"coef": 0.1, "estimator": "k1", "place": "reward", "target": 0.1}},
-    "kl_in_loss": {"name": "grpo", "kl": {"coef": 0.1, "place": "loss"}},
+    "kl_in_loss": {"name": "grpo", "kl": {"coef": 0.1, "place": "loss", "target": 0.05}},
 }
 
 
