@@ -30,12 +30,13 @@ from transfer_queue.rows import RowKey
 def timed_steps(step: Callable[[], float], num_steps: int) -> dict[str, object]:
     """One step to warm up, whose loss is that of the model as it came; then `num_steps` timed ones."""
     loss = step()
-    seconds = []
+    seconds, cpu_seconds = [], []
     for _ in range(num_steps):
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         step()
         seconds.append(time.perf_counter() - started)
-    return {"loss": loss, "seconds": seconds}
+        cpu_seconds.append(time.process_time() - cpu_started)
+    return {"loss": loss, "seconds": seconds, "cpu_seconds": cpu_seconds}
 
 
 def flowrl(folder: Path, num_steps: int, budget: int) -> dict[str, object]:

@@ -25,7 +25,7 @@ def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 def test_values_and_gradients_equal_naive_float64(chunk_tokens: int, temperature: float) -> None:
     hidden_RH, weight_VH, target_R = inputs(torch.float32)
     upstream_R, of_entropy_R = torch.randn(2, R)
-    logprob_R, entropy_R = token_logprobs(hidden_RH, weight_VH, target_R, temperature, chunk_tokens * V)
+    logprob_R, entropy_R = token_logprobs(hidden_RH, weight_VH, target_R, temperature, chunk_tokens)
     (logprob_R * upstream_R + entropy_R * of_entropy_R).sum().backward()
     exact_hidden, exact_weight = (x.detach().double().requires_grad_() for x in (hidden_RH, weight_VH))
     every_RV = (exact_hidden @ exact_weight.T / temperature).log_softmax(-1)
@@ -43,14 +43,14 @@ def test_backward_is_the_derivative_of_forward(output: int | slice) -> None:
     """Of log-probs alone, of entropies alone, of both."""
     hidden_RH, weight_VH, target_R = inputs(torch.float64)
     few = (hidden_RH[:3].detach().requires_grad_(), weight_VH[:23].detach().requires_grad_(), target_R[:3] % 23)
-    assert torch.autograd.gradcheck(lambda h, w, t: token_logprobs(h, w, t, 0.9, 2 * 23)[output], few)
+    assert torch.autograd.gradcheck(lambda h, w, t: token_logprobs(h, w, t, 0.9, 2)[output], few)
 
 
 def test_no_tensor_of_tokens_times_vocabulary_is_made_in_either_direction() -> None:
     """But for the gradient of the head, nothing is larger than a chunk."""
     hidden_RH, weight_VH, target_R = inputs(torch.float32)
     with Largest() as largest:
-        logprob_R, entropy_R = token_logprobs(hidden_RH, weight_VH, target_R, 0.7, 4 * V)
+        logprob_R, entropy_R = token_logprobs(hidden_RH, weight_VH, target_R, 0.7, 4)
         (logprob_R + 0.1 * entropy_R).sum().backward()
     assert largest.num_elements == max(4 * V, V * H)
 
