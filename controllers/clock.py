@@ -47,7 +47,11 @@ class ClockService:
         if peers.node == 0:
             self._lock = threading.Lock()
             self._accounts = Accounts(
-                settings.batch_rows, settings.max_staleness, settings.version, settings.incarnation
+                settings.batch_rows,
+                settings.max_staleness,
+                settings.version,
+                settings.incarnation,
+                awaited_shards=peers.num_nodes if settings.is_restored else 0,
             )
             self._members = Membership(self._accounts)
             self._seen_changes = self._accounts.changes

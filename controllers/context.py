@@ -5,15 +5,17 @@ The surface that executors and drivers program against; the channel behind it is
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
 from controllers.control import Callback, ControlChannel
 from controllers.eventlog import EventLog
 from controllers.messages import Announcement, Ready, Report, WorkerSpec
+from controllers.placement import backing_device
 
 _RENDEZVOUS_TIMEOUT_S = 60.0
 
@@ -46,6 +48,11 @@ class WorkerContext:
         self._events_max_bytes = spec.events_max_bytes
         self._control = control
 
+    @property
+    def device(self) -> str:
+        """The first of them, as libraries know it."""
+        return backing_device(self.devices[0])
+
     def announce(self, topic: str, payload: dict[str, Any], everywhere: bool = True) -> None:
         """Tells every worker of all nodes, this one too, or of this node alone. Workers that start later hear the last
         announcement of each topic."""
@@ -59,6 +66,19 @@ class WorkerContext:
     def on_stop(self, callback: Callable[[], None]) -> None:
         """Calls `callback()` in the control thread when `stopping` is set, for loops that cannot wait on an event."""
         self._control.on_stop(callback)
+
+    async def stopped(self) -> None:
+        """Until `stopping` is set, in an asyncio loop. No thread waits for it: a loop that an error ends does not end
+        before its threads have, and they would wait for a stop that nobody has reason to send."""
+        loop = asyncio.get_running_loop()
+        event = asyncio.Event()
+
+        def wake() -> None:
+            with suppress(RuntimeError):  # the loop has been closed
+                loop.call_soon_threadsafe(event.set)
+
+        self.on_stop(wake)
+        await event.wait()
 
     def ready(self, **details: Any) -> None:
         """Says that setting up is over. Call it once."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from controllers.graph import Edge, Graph
-from controllers.placement import WorkerPlan
+from controllers.placement import WorkerPlan, placement, shared_devices
 
 
 def graph_text(graph: Graph) -> str:
@@ -47,6 +47,16 @@ def plan_table(plans: Sequence[WorkerPlan]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in (header, *rows)
     )
+
+
+def placement_text(plans: Sequence[WorkerPlan], one: str, other: str) -> str:
+    """The table, under how these two kinds of worker stand to each other."""
+    lines = [f"{one} and {other}: {placement(plans, one, other).value}"]
+    for plan in plans:
+        for their in plans:
+            if (plan.worker, their.worker) == (one, other) and (devices := shared_devices(plan, their)):
+                lines.append(f"  node {plan.node}: {plan.name} and {their.name} take turns at {', '.join(devices)}")
+    return "\n".join([*lines, "", plan_table(plans)])
 
 
 def _label(edge: Edge) -> str:

@@ -101,7 +101,7 @@ class Links:
         self.restore_from = ""
 
     def open(self) -> None:
-        """Waits for all nodes and compares them. Raises TimeoutError or RuntimeError, naming the node."""
+        """Waits for all nodes and compares them. Raises TimeoutError or ValueError, naming the node."""
         self.peers.start()
         self._cards = self._roster.gather(self._settings.start_s)
         self.secret = self._cards[0].secret

@@ -46,7 +46,7 @@ from controllers.messages import (
     decode_to_controller,
     encode,
 )
-from controllers.placement import WorkerPlan
+from controllers.placement import WorkerPlan, joined
 from controllers.reaper import Reaper
 from controllers.settings import (
     ControllerSettings,
@@ -59,6 +59,7 @@ from controllers.shard import shard_plan, shard_settings
 from controllers.stage import Kind
 from controllers.supervisor import Supervisor, WorkerState
 from controllers.topology import Topology
+from controllers.wanted import WantedWorkers
 from transfer_queue.client import QueueClient
 from transfer_queue.errors import QueueError
 
@@ -97,7 +98,9 @@ class NodeController:
         self._graph = graph
         self._plans = tuple(plans)
         self._mine = {plan.name: plan for plan in plans if plan.node == topology.node}
+        self._given = given
         self._workers = {name: worker_settings_of(plan, graph, given) for name, plan in self._mine.items()}
+        self._wanted = WantedWorkers(settings.run_dir, topology.node)
         self._drivers = {plan.name for plan in plans if graph.stage(plan.stages[0]).kind is Kind.DRIVER}
         self._settings = settings
         self._observers = observers or Observers()
@@ -166,10 +169,13 @@ class NodeController:
             self._workers[self._shard.name] = shard_settings(
                 self._graph, self._settings.queue, endpoint, clock_endpoint, self._topology
             )
-        for name, plan in self._mine.items():
-            is_restarted = self._workers[name]["restart"] == "always"
-            log_path = self._settings.run_dir / "logs" / f"{name}.log"
-            self._supervisor.add(name, partial(self._make_spec, plan), is_restarted, log_path)
+        for plan in self._mine.values():
+            self._supervise(plan)
+
+    def _supervise(self, plan: WorkerPlan) -> None:
+        is_restarted = self._workers[plan.name]["restart"] == "always"
+        log_path = self._settings.run_dir / "logs" / f"{plan.name}.log"
+        self._supervisor.add(plan.name, partial(self._make_spec, plan), is_restarted, log_path)
 
     def _make_spec(self, plan: WorkerPlan, identity: str) -> WorkerSpec:
         settings = self._workers[plan.name]
@@ -225,6 +231,8 @@ class NodeController:
             self._supervisor.stop(name for name in self._mine if name != self._shard.name)
         if self._phase is Phase.WORKING:
             self._start_workers()
+            for kind, count in self._wanted.news().items():
+                self._have(kind, count)
         if self._phase is Phase.STOPPING and set(self._supervisor.living()) <= {self._shard.name}:
             self._phase = Phase.LEAVING
             self._leave_by = time.monotonic() + self._settings.limits.grace_s + _FAREWELL_S
@@ -243,6 +251,26 @@ class NodeController:
             earlier = {other for stage in stages for other in self._graph.stage(stage).after} - set(stages)
             waits_for = {plan.name for plan in self._plans if earlier.intersection(plan.stages)}
             if waits_for <= self._finished_workers:
+                self._supervisor.start(name)
+
+    def _have(self, kind: str, count: int) -> None:
+        """Workers of the kind join, or the last of them leave, as far as its settings allow."""
+        present = sorted(plan.index for plan in self._mine.values() if plan.worker == kind)
+        most = self._workers[f"{kind}.{self._topology.node}.0"].get("most", 0) if present else 0
+        if not most:
+            return
+        for index in range(max(min(count, most), len(present))):
+            name = f"{kind}.{self._topology.node}.{index}"
+            if index >= count:
+                self._supervisor.stop([name])
+                continue
+            if name not in self._mine:
+                plan = self._mine[name] = joined(self._plans, kind, self._topology.node, index)
+                self._workers[name] = worker_settings_of(plan, self._graph, self._given)
+                self._supervise(plan)
+                self._supervisor.start(name)
+            elif name in self._supervisor.names(WorkerState.DONE):
+                self._finished_workers.discard(name)
                 self._supervisor.start(name)
 
     def _finish(self, code: int, reason: str) -> None:

@@ -1,11 +1,13 @@
 """Which worker runs where. Pure: every controller computes the same plan from the same recipe, and compares its hash.
 
 A pool is a set of nodes with so many worker processes on each. A worker of a kind ("rollout") is named
-`kind.node.index`; ranks count over nodes and then over workers.
+`kind.node.index`; ranks count over nodes and then over workers. Workers of two kinds that share devices of a node have
+to take turns; "cpu" is everybody's and never shared in this sense, but its parts "cpu:0", "cpu:1", … are.
 """
 
 from __future__ import annotations
 
+import enum
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,6 +40,8 @@ class Pool:
             raise ValueError(f"pools.{self.name}.nodes: {list(self.nodes)}; names a node twice")
         if not self.devices:
             raise ValueError(f"pools.{self.name}.devices: empty; name at least {HOST_DEVICE!r}")
+        if len(set(self.devices)) != len(self.devices):
+            raise ValueError(f"pools.{self.name}.devices: {list(self.devices)}; names a device twice")
 
 
 class WorkerPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,6 +71,55 @@ def plan(graph: Graph, pools: Sequence[Pool], num_nodes: int) -> tuple[WorkerPla
             raise ValueError(f"stages.{stages[0].name}.pool: {stages[0].pool!r}; the pools are {sorted(by_name)}")
         plans += _workers(worker, stages, pool, _nodes(stages[0], pool, num_nodes))
     return tuple(plans)
+
+
+class Placement(enum.Enum):
+    """Of two kinds of worker: all of their devices are the same ones, none is, or some are."""
+
+    COLOCATED = "colocated"
+    SPLIT = "split"
+    HYBRID = "hybrid"
+
+
+def placement(plans: Sequence[WorkerPlan], one: str, other: str) -> Placement:
+    devices = [
+        {(plan.node, device) for plan in plans if plan.worker == kind for device in plan.devices}
+        for kind in (one, other)
+    ]
+    if not any(device != HOST_DEVICE for _, device in devices[0] & devices[1]):
+        return Placement.SPLIT
+    return Placement.COLOCATED if devices[0] == devices[1] else Placement.HYBRID
+
+
+def sharing(plans: Sequence[WorkerPlan], one: str, other: str) -> dict[str, tuple[str, ...]]:
+    """Worker of one of the two kinds -> workers of the other with a device in common; those that share none are left
+    out."""
+    found: dict[str, tuple[str, ...]] = {}
+    for kind, others in ((one, other), (other, one)):
+        for plan in plans:
+            if plan.worker == kind:
+                sharers = tuple(their.name for their in plans if their.worker == others and shared_devices(plan, their))
+                if sharers:
+                    found[plan.name] = sharers
+    return found
+
+
+def shared_devices(plan: WorkerPlan, other: WorkerPlan) -> list[str]:
+    """That both would use."""
+    if plan.node != other.node:
+        return []
+    return sorted(set(plan.devices) & set(other.devices) - {HOST_DEVICE})
+
+
+def backing_device(device: str) -> str:
+    """As libraries know it: all parts of the host are the host."""
+    return HOST_DEVICE if device.partition(":")[0] == HOST_DEVICE else device
+
+
+def joined(plans: Sequence[WorkerPlan], kind: str, node: int, index: int) -> WorkerPlan:
+    """One that was not planned: like the first of its kind on the node, with a rank after all that were."""
+    first = next(plan for plan in plans if (plan.worker, plan.node, plan.index) == (kind, node, 0))
+    return msgspec.structs.replace(first, name=f"{kind}.{node}.{index}", index=index, rank=first.world_size + index)
 
 
 def fingerprint(plans: Sequence[WorkerPlan]) -> str:

@@ -41,7 +41,7 @@ class Roster:
         peers.register(_HANDLER, self._take)
 
     def gather(self, timeout_s: float) -> dict[int, Card]:
-        """Raises TimeoutError naming the nodes that are missing, RuntimeError naming the one that differs."""
+        """Raises TimeoutError naming the nodes that are missing, ValueError naming the one that differs."""
         self._peers.broadcast(_HANDLER, msgspec.msgpack.encode(self._card))
         with self._changed:
             if not self._changed.wait_for(lambda: len(self._cards) == self._peers.num_nodes, timeout_s):
@@ -60,16 +60,16 @@ class Roster:
 
 
 def refuse_difference(mine: Card, other: Card) -> None:
-    """Raises RuntimeError if the two nodes do not run the same plan with the same packages."""
+    """Raises ValueError if the two nodes do not run the same plan with the same packages."""
     if mine.plan != other.plan:
-        raise RuntimeError(
+        raise ValueError(
             f"node {other.node} ({other.host}) has another recipe or placement than node {mine.node} ({mine.host}): "
             f"plan {other.plan}, not {mine.plan}"
         )
     for package, version in mine.versions.items():
         theirs = other.versions.get(package, "none")
         if theirs != version:
-            raise RuntimeError(
+            raise ValueError(
                 f"node {other.node} ({other.host}) has {package} {theirs}; node {mine.node} ({mine.host}) has {version}"
             )
 

@@ -21,23 +21,27 @@ EXECUTOR_TARGET = "controllers.executor:run_stages"
 
 class WorkerSettings(TypedDict, total=False):
     """target: 'package.module:name', called with the WorkerContext. restart: what happens when it dies; with "never"
-    the run fails. What is left out follows from the worker's stages: a driver is run as its stage declares it, with the
-    stage's settings as payload, and never restarted; mapped stages are run by the executor and restarted."""
+    the run fails. most: of this kind on a node, if workers may join and leave while the run goes on (`wanted.py`). What
+    is left out follows from the worker's stages: a driver is run as its stage declares it, with the stage's settings as
+    payload, and never restarted; mapped stages are run by the executor and restarted."""
 
     target: str
     payload: dict[str, Any]
     restart: Literal["always", "never"]
+    most: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class QueueSettings:
-    """batch_rows: of an update; max_staleness: in versions. version, incarnation: where the clock starts. byte_limit,
-    on each shard; lease_s, late, max_attempts: as in transfer_queue.config.QueueConfig."""
+    """batch_rows: of an update; max_staleness: in versions. version, incarnation: where the clock starts. is_restored:
+    shards begin with the rows of a checkpoint, and nothing is admitted before all of them have. byte_limit, on each
+    shard; lease_s, late, max_attempts: as in transfer_queue.config.QueueConfig."""
 
     batch_rows: int
     max_staleness: int
     version: int = 0
     incarnation: int = 0
+    is_restored: bool = False
     byte_limit: int = 4 << 30
     lease_s: float = 120.0
     late: str = "wait"

@@ -6,7 +6,6 @@ What a shard does is `transfer_queue`'s; what the application asks of it is in i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -23,8 +22,8 @@ from transfer_queue.rows import RowKey
 from transfer_queue.server import QueueServer
 
 SHARD_WORKER = "queue"
-CURSORS_FILE = "cursors.json"
-"""In a checkpoint: by partition, a `transfer_queue.cursor.Cursor`."""
+QUEUE_DIR = "queue"
+"""In a checkpoint: the queue as all shards have saved it."""
 
 
 def shard_plan(topology: Topology) -> WorkerPlan:
@@ -71,19 +70,13 @@ def consumer_of(stage: Stage) -> ConsumerSpec:
     )
 
 
-def cursors_at(checkpoint: Path | None) -> dict[str, Any]:
-    """Of the groups that are open at a checkpoint, as the application left them there."""
-    if checkpoint is None:
-        return {}
-    return msgspec.json.decode((checkpoint / CURSORS_FILE).read_bytes())
-
-
 def main(context: WorkerContext) -> None:
     given = {
         "secret": context.queue_secret,
         "segment_dir": str(context.session_dir / "segments"),
         "life": context.life,
-        "cursors": cursors_at(context.restore_from),
+        "save_dir": str(context.run_dir),
+        "restore_dir": str(context.restore_from / QUEUE_DIR) if context.restore_from is not None else "",
     }
     config = msgspec.convert({**context.payload["config"], **given}, QueueConfig)
     with context.event_log() as log:

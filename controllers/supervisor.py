@@ -230,6 +230,7 @@ class Supervisor:
         member.heard_at = 0.0
         member.heartbeat = _AT_WORK
         member.failure = ""
+        member.is_finished = False
         member.process = WorkerProcess(member.make_spec(member.identity), member.log_path, self._reaper)
         self._change(member, WorkerState.STARTING, f"process {member.process.pid}")
 

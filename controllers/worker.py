@@ -39,11 +39,18 @@ def main(spec_fd: int, lifeline_fd: int) -> int:
         load_attribute(spec.target)(WorkerContext(spec, control))
     except BaseException as error:
         traceback.print_exc()
-        reason = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+        reason = "".join(traceback.format_exception_only(_first(error))).strip().splitlines()[-1]
         control.close(Failed(reason, traceback.format_exc()))
         return 1
     control.close(Finished())
     return 0
+
+
+def _first(error: BaseException) -> BaseException:
+    """What happened, of errors that tasks gathered."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def _read_spec(spec_fd: int) -> WorkerSpec:

@@ -16,16 +16,24 @@ from typing import Any, Literal
 import msgspec
 
 from controllers.graph import Graph
-from controllers.placement import Pool, WorkerPlan, plan
+from controllers.placement import HOST_DEVICE, Pool, WorkerPlan, plan, sharing
 from controllers.settings import EXECUTOR_TARGET, ControllerSettings, QueueSettings, WorkerSettings
 from controllers.stage import Kind, Stage, Unit
 from controllers.supervisor import Limits
 from flowrl.config import PoolConfig, Recipe, to_yaml
-from flowrl.config.recipe import needs_segments, refuse_uneven_shares, takes_episode_reward
+from flowrl.config.recipe import (
+    hands_over_batches,
+    needs_segments,
+    refuse_uneven_shares,
+    refuse_what_cannot_alternate,
+    takes_episode_reward,
+)
 from flowrl.record.lives import Life
+from flowrl.stages.turns import SHARING
 from flowrl.weights.place import Route, serving_bytes
 
 SIOCGIFADDR = 0x8915
+MANY_ENGINES = 1024
 
 ROLLOUT_COLUMNS = (
     "data_index",
@@ -70,6 +78,8 @@ def build(recipe: Recipe, num_nodes: int) -> Pipeline:
         graph = Graph.of([*stages(recipe), RELAY_STAGE])
         workers = plan(graph, [*pools(recipe), Pool(name="relay", nodes=route.nodes)], num_nodes)
     refuse_uneven_shares(recipe, sum(worker.worker == "rollout" for worker in workers))
+    if sharing(workers, "rollout", "train"):
+        refuse_what_cannot_alternate(recipe)
     return Pipeline(recipe, graph, workers)
 
 
@@ -216,8 +226,9 @@ def worker_settings(built: Pipeline, recipe_path: Path) -> dict[str, WorkerSetti
     and evaluation do; a rank of the trainer's world does not, because the world dies with it."""
     settings: dict[str, WorkerSettings] = {}
     route = Route.of(built.workers)
+    turns = sharing(built.workers, "rollout", "train")
     for worker, members in built.graph.workers().items():
-        payload: dict[str, Any] = {"recipe": str(recipe_path)} | route.payload()
+        payload: dict[str, Any] = {"recipe": str(recipe_path), SHARING: turns} | route.payload()
         target = members[0].run
         if members[0].kind is Kind.MAPPED:
             target = EXECUTOR_TARGET
@@ -226,7 +237,17 @@ def worker_settings(built: Pipeline, recipe_path: Path) -> dict[str, WorkerSetti
             payload["address"] = interface_address(built.recipe.network.interface)
         restart: Literal["always", "never"] = "never" if worker == "train" else "always"
         settings[worker] = {"target": target, "payload": payload, "restart": restart}
+    settings["rollout"]["most"] = most_engines(built)
     return settings
+
+
+def most_engines(built: Pipeline) -> int:
+    """That a node may have: as many as one likes on the host, one a device elsewhere. 0 where they cannot join or leave
+    a run: shares of an update are settled from its start, and who takes turns is."""
+    if hands_over_batches(built.recipe) or sharing(built.workers, "rollout", "train"):
+        return 0
+    pool = next(pool for pool in pools(built.recipe) if pool.name == "rollout")
+    return MANY_ENGINES if pool.devices == (HOST_DEVICE,) else pool.workers
 
 
 def controller_settings(built: Pipeline, run_dir: Path, life: Life) -> ControllerSettings:
@@ -245,6 +266,7 @@ def controller_settings(built: Pipeline, run_dir: Path, life: Life) -> Controlle
             max_staleness=recipe.staleness.max,
             version=life.step,
             incarnation=life.number,
+            is_restored=bool(life.restore_from),
             late=recipe.staleness.late,
             byte_limit=recipe.queue.byte_limit_mb << 20,
             lease_s=recipe.queue.lease_s,

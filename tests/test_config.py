@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from flowrl import pipeline
 from flowrl.config import load, to_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +45,7 @@ QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
         ("weights.transport=disk", "weights.dir: None"),
         ("network.interface=eth0", "network.trusted: false"),
         ("algorithm.dual_clip=0.5", "algorithm.dual_clip: 0.5; must be above 1, or null"),
+        ("pools.rollout.devices=[cuda]", "pools.*.devices: 'cuda'; must read 'cpu', or with a number"),
         ("run.name=a/b", "run.name: 'a/b'; must be a directory name"),
     ],
 )
@@ -78,3 +80,26 @@ def test_the_resolved_recipe_reads_back_equal(tmp_path: Path) -> None:
     assert load(path) == recipe
     assert recipe.staleness.max == 7
     assert recipe.pools["rollout"].threads == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["staleness.max=1"], "rollout.in_flight: 'keep'; pools.rollout and pools.train share devices"),
+        (
+            ["staleness.max=1", "rollout.in_flight=recompute", "rollout.handover=batch"],
+            "rollout.handover: 'batch'; pools.rollout and pools.train share devices",
+        ),
+        (["staleness.max=0"], ""),
+        (["staleness.max=2", "rollout.in_flight=abort"], ""),
+    ],
+)
+def test_what_an_engine_that_takes_turns_cannot_keep_is_refused(overrides: list[str], message: str) -> None:
+    one_device = "pools={rollout: {devices: [cpu:0]}, train: {devices: [cpu:0]}}"
+    recipe = load(QUICKSTART, [one_device, *overrides])
+    if not message:
+        pipeline.build(recipe, 1)
+        return
+    with pytest.raises(ValueError) as error:
+        pipeline.build(recipe, 1)
+    assert message in str(error.value)

@@ -122,8 +122,8 @@ class AsyncQueueClient:
     async def consumer_lost(self, client: str) -> int:
         return await self._run(self._verbs.consumer_lost(client))
 
-    async def save(self, directory: str) -> int:
-        return await self._run(self._verbs.save(directory))
+    async def save(self, directory: str, with_rows: bool = True) -> int:
+        return await self._run(self._verbs.save(directory, with_rows))
 
     async def introspect(self) -> dict[str, Any]:
         return await self._run(self._verbs.introspect())

@@ -134,11 +134,11 @@ class QueueClient:
         """What clients of this name have leased is ready again; how many rows."""
         return self._run(self._verbs.consumer_lost(client))
 
-    def save(self, directory: str) -> int:
+    def save(self, directory: str, with_rows: bool = True) -> int:
         """Every shard writes a file there, below its `save_dir` (where a relative path begins), from which a queue of
         any number of shards can go on (`restore_dir`); how many rows. Meant for a moment between two updates: what an
-        update holds is saved as if it were not in it."""
-        return self._run(self._verbs.save(directory))
+        update holds is saved as if it were not in it. with_rows: or else all groups that are not done begin anew."""
+        return self._run(self._verbs.save(directory, with_rows))
 
     def introspect(self) -> dict[str, Any]:
         """What each shard holds, by endpoint. Consumes nothing."""

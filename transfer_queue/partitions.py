@@ -47,16 +47,24 @@ class Partition:
 
     def open_groups(self) -> list[int]:
         """Those that are neither done nor given up, as far as training is concerned."""
-        at = self.training.position if self.training is not None else 0
-        live = (number for number, group in self.groups.items() if group.progress[at].done != group.all)
+        live = (number for number, group in self.groups.items() if self.is_open(group))
         return sorted({*live, *(number for lost in self.again.values() for number, _ in lost)})
+
+    def is_open(self, group: Group) -> bool:
+        """Whether it is still to be done, as far as training is concerned."""
+        at = self.training.position if self.training is not None else 0
+        return group.progress[at].done != group.all
 
     @property
     def group_stride(self) -> int:
         return self._group_stride
 
     def reserve_anew(self, group: Group) -> None:
-        self.again[group.size].append((group.number, group.attempt + 1))
+        self.try_again(group.size, group.number, group.attempt + 1)
+
+    def try_again(self, group_size: int, number: int, attempt: int) -> None:
+        """A group of an earlier life is counted by this one: that one may have got further than this one knows."""
+        self.again[group_size].append((number, max(attempt, self.first_attempt)))
 
     def find(self, span: Span) -> Group | None:
         """The group, or None if that attempt at it is gone. Raises RowRefused for rows that never were."""

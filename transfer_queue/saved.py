@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -51,13 +51,15 @@ class SavedShard(msgspec.Struct, frozen=True, array_like=True):
     columns: list[SavedColumn]
 
 
-def save(directory: Path, ledger: Ledger, storage: Storage, first_group: int, group_stride: int) -> int:
+def save(
+    directory: Path, ledger: Ledger, storage: Storage, first_group: int, group_stride: int, *, with_rows: bool = True
+) -> int:
     """Writes this shard's file, whole or not at all; how many rows are in it."""
     groups = [
         group
         for partition in ledger.partitions.values()
         for group in partition.groups.values()
-        if group.filled == group.all
+        if with_rows and group.filled == group.all
     ]
     columns, buffers = [], []
     for name in sorted({name for group in groups for name in group.have}):
@@ -71,21 +73,22 @@ def save(directory: Path, ledger: Ledger, storage: Storage, first_group: int, gr
             columns.append(SavedColumn(name, header.dtype, spans, [part.nbytes for part in parts], checksum))
             buffers += parts
     records = [group_record(ledger, group, None) for group in groups]
-    partitions = [_with_unfilled(partition) for partition in ledger.partitions.values()]
+    kept = {group.identity for group in groups}
+    partitions = [_with_others(partition, kept) for partition in ledger.partitions.values()]
     saved = SavedShard(first_group, group_stride, partitions, records, columns)
     _write(directory / f"shard-{first_group}-of-{group_stride}", msgspec.msgpack.encode(saved), buffers)
     return sum((group.all & ~group.gone).bit_count() for group in groups)
 
 
-def _with_unfilled(partition: Partition) -> PartitionRecord:
-    """Groups that somebody is still working on count as lost."""
+def _with_others(partition: Partition, kept: Container[tuple[str, int, int]]) -> PartitionRecord:
+    """Open groups that are not in the file, such as those that somebody is still working on, count as lost."""
     record = partition_record(partition)
-    unfilled = [
+    others = [
         (group.size, group.number, group.attempt + 1)
         for group in partition.groups.values()
-        if group.filled != group.all
+        if group.identity not in kept and partition.is_open(group)
     ]
-    return msgspec.structs.replace(record, again=record.again + unfilled)
+    return msgspec.structs.replace(record, again=record.again + others)
 
 
 def _write(path: Path, header: bytes, buffers: Sequence[memoryview]) -> None:
@@ -154,7 +157,7 @@ class Restoration:
             record = self._saved.partition(name, self._first, self._stride)
             partition.group_size, partition.next_group = record.group_size, record.next_group
             for size, number, attempt in record.again:
-                partition.again[size].append((number, attempt))
+                partition.try_again(size, number, attempt)
         for known in self._mine(shed):
             ledger.partitions[known.partition].reserve_anew(group_of(known, ledger.partitions[known.partition], now))
         mine = {known.identity: known for known in self._mine(fitting)}

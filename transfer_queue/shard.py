@@ -128,7 +128,10 @@ class Shard:
             rule = f"must be below save_dir, {config.save_dir!r}" if config.save_dir else "this shard has no save_dir"
             raise RowRefused(f"directory: {request.directory!r}; {rule}")
         try:
-            rows = save(directory, core.ledger, core.storage, config.first_group, config.group_stride)
+            rows = save(
+                directory, core.ledger, core.storage, config.first_group, config.group_stride,
+                with_rows=request.with_rows,
+            )  # fmt: skip
         except OSError as error:
             raise RowRefused(f"directory: {request.directory!r}; {error.strerror}") from error
         return wire.Done(request.id, rows)

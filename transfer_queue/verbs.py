@@ -233,8 +233,9 @@ class Verbs:
         answers = yield from self._ask_all(lambda number: wire.ConsumerLost(number, client))
         return sum(_count(answer) for answer in answers)
 
-    def save(self, directory: str) -> Verb[int]:
-        return sum(_count(answer) for answer in (yield from self._ask_all(lambda number: wire.Save(number, directory))))
+    def save(self, directory: str, with_rows: bool) -> Verb[int]:
+        answers = yield from self._ask_all(lambda number: wire.Save(number, directory, with_rows))
+        return sum(_count(answer) for answer in answers)
 
     def introspect(self) -> Verb[dict[str, Any]]:
         """By endpoint."""

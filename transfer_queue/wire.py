@@ -167,9 +167,11 @@ class ConsumerLost(Message, frozen=True):
 
 
 class Save(Message, frozen=True):
-    """Write what the shard holds to a file of its own in this directory."""
+    """Write what the shard holds to a file of its own in this directory. with_rows: or else only which groups are still
+    to be done."""
 
     directory: str
+    with_rows: bool = True
 
 
 class Introspect(Message, frozen=True):

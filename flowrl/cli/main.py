@@ -20,6 +20,7 @@ COMMANDS = {
     "run": "train a model as a recipe says",
     "sweep": "run a recipe at many points and compare them",
     "graph": "draw the stages of a recipe",
+    "engines": "have engines join or leave a run that goes on",
     "replay": "retrain a recorded run, bit for bit",
     "export": "turn a checkpoint into a Hugging Face directory",
     "simulate": "say what staleness bounds would cost, in virtual time",

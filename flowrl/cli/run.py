@@ -43,13 +43,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def describe(built: Pipeline) -> str:
-    from controllers.drawing import graph_text, plan_table
+    from controllers.drawing import graph_text, placement_text
     from flowrl.config import to_yaml
 
     sections = {
         "Recipe": to_yaml(built.recipe).rstrip(),
         "Graph": graph_text(built.graph),
-        "Placement": plan_table(built.workers),
+        "Placement": placement_text(built.workers, "rollout", "train"),
     }
     return "\n\n".join(f"# {title}\n{text}" for title, text in sections.items())
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from flowrl.config.checks import check_at_least, check_dotted, check_one_of, check_positive
 
+DEVICE = re.compile(r"cpu|[a-z]+:\d+")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PoolConfig:
-    """Where workers run. nodes: indices, empty for all. workers: a node. threads: each worker may use.
-    devices: of a node, dealt out one to a worker."""
+    """Where workers run. nodes: indices, empty for all. workers: a node. threads: each worker may use. devices: of a
+    node, dealt out evenly among its workers: `cuda:0`, or `cpu`, which all may use. Where rollout's and train's pools
+    name the same device, its engine and its trainer rank take turns (docs/placement.md); to have that without a GPU,
+    name parts of the host, `cpu:0`, `cpu:1`."""
 
     nodes: list[int] = field(default_factory=list)
     workers: int = 1
@@ -21,6 +26,9 @@ class PoolConfig:
     def __post_init__(self) -> None:
         check_at_least("pools.*.workers", self.workers, 1)
         check_at_least("pools.*.threads", self.threads, 1)
+        for device in self.devices:
+            if not DEVICE.fullmatch(device):
+                raise ValueError(f"pools.*.devices: {device!r}; must read 'cpu', or with a number as 'cuda:0', 'cpu:0'")
 
 
 @dataclass(frozen=True, kw_only=True)

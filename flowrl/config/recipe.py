@@ -134,6 +134,16 @@ def needs_segments(recipe: Recipe) -> bool:
     return recipe.algorithm.loss == "segment_ppo" and recipe.staleness.max >= LEAST_LAG
 
 
+def refuse_what_cannot_alternate(recipe: Recipe) -> None:
+    """Where engines and trainer ranks take turns at a device, an engine may have to stop whatever it is doing, and
+    frees the memory of its KV. At a bound of 0 it is never doing anything then."""
+    rollout, reason = recipe.rollout, "pools.rollout and pools.train share devices, and take turns at them"
+    if recipe.staleness.max > 0 and rollout.in_flight == "keep":
+        raise ValueError(f"rollout.in_flight: 'keep'; {reason}: an engine frees its KV, so 'recompute' or 'abort'")
+    if recipe.staleness.max > 0 and hands_over_batches(recipe):
+        raise ValueError(f"rollout.handover: 'batch'; {reason}: a share would be interrupted at staleness.max above 0")
+
+
 def is_strict(recipe: Recipe) -> bool:
     return recipe.run.determinism == "strict"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from controllers.lifecycle import default_root
-from controllers.placement import HOST_DEVICE, WorkerPlan
+from controllers.placement import HOST_DEVICE, WorkerPlan, backing_device
 from flowrl.doctor import estimate
 from flowrl.doctor.estimate import Need
 from flowrl.doctor.machine import Machine, look, package_versions, sglang_version
@@ -85,7 +85,7 @@ def _memory(
     lines = [f"model: {shape.parameters:,} parameters, {shape.layers} layers{guess}"]
     totals: dict[str, int] = defaultdict(int)
     for plan in plans:
-        device = plan.devices[0]
+        device = backing_device(plan.devices[0])
         needs = estimate.worker_memory(plan, built.recipe, shape)
         totals[HOST_DEVICE] += estimate.process_bytes(plan)
         totals[device] += sum(need.amount for need in needs)

@@ -124,7 +124,7 @@ def main(run: Path, out: Path, rank: int) -> None:
     lineage = Lineage(run, rank)
     context = context_of(rank, lineage, out)
     meeting = out / ".world"
-    with join(rank=rank, world_size=context.world_size, file=meeting, device=context.devices[0]) as world:
+    with join(rank=rank, world_size=context.world_size, file=meeting, device=context.device) as world:
         stage = ReplayedTraining(context, recipe, world, lineage, run)
         stage.run()
     result = {"rank": rank, "steps": lineage.steps, "divergence": stage.divergence}

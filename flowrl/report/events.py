@@ -19,7 +19,8 @@ Key = tuple[str, int, int, int]
 class Event(msgspec.Struct, frozen=True, gc=False):
     """kind: reserved, dispatched (version), sampled (versions: [[version, tokens], …]), taken (update), trained
     (update), dropped (reason), lost, published (version), resumed (version, life: what the log tells so far of updates
-    from that version on is undone). key: [partition, group, index, attempt]. t: seconds since 1970."""
+    from that version on is undone), device (worker, devices, has: whether it has them from now on; held_mb, kept_mb:
+    its memory before and after it gave them on). key: [partition, group, index, attempt]. t: seconds since 1970."""
 
     kind: str
     t: float = 0.0
@@ -30,6 +31,11 @@ class Event(msgspec.Struct, frozen=True, gc=False):
     reason: str | None = None
     life: int | None = None
     versions: tuple[tuple[int, int], ...] = ()
+    worker: str | None = None
+    devices: tuple[str, ...] = ()
+    has: bool | None = None
+    held_mb: float | None = None
+    kept_mb: float | None = None
 
 
 _DECODER = msgspec.json.Decoder(Event)

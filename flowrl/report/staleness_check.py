@@ -37,8 +37,9 @@ class Findings:
 
     bound: η, None if unknown. rows_by_staleness: rows taken, by the staleness of their oldest token.
     tokens_by_staleness: all their tokens. counts: [node][kind]. drops: rows by reason. trained_twice: rows trained more
-    than once. split_groups: (partition, group, attempt) whose rows trained in several updates. lives: how often the run
-    was started; undone: rows trained in updates that a later life went back behind, which are counted nowhere else.
+    than once. split_groups: (partition, group, attempt) whose rows trained in several updates. repeated: (partition,
+    group, index) trained by several attempts at it. lives: how often the run was started; undone: rows trained in
+    updates that a later life went back behind, which are counted nowhere else; last_update: the newest that counts.
     """
 
     bound: int | None
@@ -49,8 +50,10 @@ class Findings:
     violations: list[Violation]
     trained_twice: list[Key]
     split_groups: list[Group]
+    repeated: list[Group]
     lives: int = 1
     undone: int = 0
+    last_update: int = -1
 
     @property
     def max_staleness(self) -> int | None:
@@ -58,7 +61,7 @@ class Findings:
 
     @property
     def is_clean(self) -> bool:
-        return not (self.violations or self.trained_twice or self.split_groups)
+        return not (self.violations or self.trained_twice or self.split_groups or self.repeated)
 
     def total(self, kind: str) -> int:
         return sum(count[kind] for count in self.counts.values())
@@ -141,7 +144,9 @@ def check(events: Iterable[Event], bound: int | None) -> Findings:
         trained_twice=[key for key, updates in log.trained.items() if len(updates) > 1],
         lives=log.life + 1,
         undone=log.undone,
+        last_update=max((update for updates in log.trained.values() for update in updates), default=-1),
         split_groups=sorted(log.split_groups),
+        repeated=_repeated(log.trained),
     )
 
 
@@ -160,6 +165,11 @@ def _trained_unseen(log: _Log) -> list[Violation]:
     return [
         Violation(key=key, update=-1, rule="trained, but never taken") for key in log.trained if key not in log.taken
     ]
+
+
+def _repeated(trained: Iterable[Key]) -> list[Group]:
+    attempts = Counter(key[:3] for key in trained)
+    return sorted(row for row, count in attempts.items() if count > 1)
 
 
 def check_run(run: Path, bound: int | None = None) -> Findings:
@@ -191,6 +201,7 @@ def describe(findings: Findings, most: int = 20) -> str:
     lines += _listed("violations", findings.violations, most)
     lines += _listed("rows trained twice", [list(key) for key in findings.trained_twice], most)
     lines += _listed("groups split over updates", [list(group) for group in findings.split_groups], most)
+    lines += _listed("rows trained by several attempts", [list(row) for row in findings.repeated], most)
     return "\n".join(lines)
 
 

@@ -19,7 +19,7 @@ def make_engine(recipe: Recipe, context: WorkerContext, longest_prompt: int) -> 
 
         return SGLangEngine(
             python=rollout.python or sys.executable,
-            device=context.devices[0].partition(":")[0],
+            device=context.device.partition(":")[0],
             server_args={"dtype": recipe.model.dtype, **rollout.server_args},
             log_path=context.run_dir / "logs" / f"{context.name}.sglang.log",
             servers=rollout.servers,
@@ -37,7 +37,7 @@ def _embedded(recipe: Recipe, context: WorkerContext, max_batch: int, longest_pr
     from flowrl.rollout.embedded.engine import EmbeddedEngine
 
     return EmbeddedEngine(
-        device=context.devices[0],
+        device=context.device,
         dtype=recipe.model.dtype,
         max_batch=max_batch,
         max_model_tokens=longest_prompt + recipe.rollout.max_tokens,

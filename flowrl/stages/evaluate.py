@@ -67,7 +67,7 @@ class Evaluation:
         for topic in ("published", "trained", "evaluated"):
             heard = partial(wake, topic)
             self.context.on(topic, partial(loop.call_soon_threadsafe, heard))
-        stopped = asyncio.ensure_future(loop.run_in_executor(None, self.context.stopping.wait))
+        stopped = asyncio.ensure_future(self.context.stopped())
         stopped.add_done_callback(lambda _: news.set())
         store = WeightStore(weights_root(self.recipe, self.context.session_dir), self.recipe.weights.buffers)
         self.context.ready()

@@ -39,7 +39,7 @@ class ProximalStage:
         self.context = context
         self.budget = recipe.train.micro_batch_tokens
         policy = Policy(load_lm(recipe.model.path), recipe.rollout.temperature)
-        self.policy = policy.to(context.devices[0]).requires_grad_(False)
+        self.policy = policy.to(context.device).requires_grad_(False)
         self.loaded = -1
         self.segments = Segments(recipe.staleness.max)
         self.published: dict[int, Path] = {}

@@ -3,6 +3,7 @@
     _admit    reserve groups as places are free        ->  _sample: one episode a sample
     _deliver  put what has finished since the last put
     _follow   new weights: load between two decode steps, then announce the version to the queue
+    _alternate  instead of it, where a trainer rank shares the device: in between it trains
 
 Owns the engine and the order of these acts. What an episode is: `flowrl/rollout/episodes/`. How tokens are made: the
 engine. Whether there is room: the queue.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from flowrl.rollout.episodes import Failure, Trajectory
 from flowrl.rollout.episodes.runner import EpisodeRunner
 from flowrl.rollout.scheduling.groups import first_to_end
 from flowrl.rollout.shares import Shares
+from flowrl.stages.turns import EngineTurn
 from flowrl.weights.check import check_first_sync
 from flowrl.weights.store import reading
 from transfer_queue.async_client import AsyncQueueClient
@@ -90,6 +93,7 @@ class RolloutStage:
             stop_strings=tuple(recipe.rollout.stop_strings),
         )
         self.events = context.event_log()
+        self.turn = EngineTurn(context, self.events)
         # Reserved whole and put whole where the recipe says so; new weights are loaded in between.
         self.shares = Shares(context, recipe, self.row_bytes) if hands_over_batches(recipe) else None
         self.takes_weights = asyncio.Lock()
@@ -102,6 +106,7 @@ class RolloutStage:
         loop = asyncio.get_running_loop()
         published: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.context.on("published", lambda news: loop.call_soon_threadsafe(published.put_nowait, news))
+        self.turn.listen()
         with self.context.waiting_for("the first weights"):
             await self._start_engine(published)
         queue = AsyncQueueClient(self.context.queue_endpoints, secret=self.context.queue_secret)
@@ -112,9 +117,9 @@ class RolloutStage:
                 loops = [
                     tasks.create_task(self._admit(queue, tasks) if self.shares is None else self._admit_shares(queue)),
                     tasks.create_task(self._deliver(queue)),
-                    tasks.create_task(self._follow(queue, published)),
+                    tasks.create_task((self._alternate if self.turn.is_shared else self._follow)(queue, published)),
                 ]
-                await loop.run_in_executor(None, self.context.stopping.wait)
+                await self.context.stopped()
                 for task in loops:
                     task.cancel()
                 self.episodes.stop()
@@ -236,11 +241,42 @@ class RolloutStage:
                 continue  # its turn has ended: a newer one has been announced
             await self._announce(queue)
 
+    async def _alternate(self, queue: AsyncQueueClient, published: asyncio.Queue[dict[str, Any]]) -> None:
+        """New weights come of the trainer's turn at the device; in it the engine has neither work nor memory."""
+        mode = PauseMode(self.recipe.rollout.in_flight)
+        # At a bound of 0 nothing runs when a batch is whole, and the recipe may say `keep`; its KV would go anyway.
+        pause = PauseMode.RECOMPUTE if mode is PauseMode.KEEP else mode
+        while True:
+            await self.turn.asked()
+            async with self.takes_weights:
+                await self.engine.pause(pause)
+                await self.engine.release_memory()
+                self.turn.give()
+                version = await self.turn.begin()
+                await self.engine.resume_memory()
+                await self._load_newest(published, version, pause)
+                await self.engine.resume()
+            await self._announce(queue)
+
+    async def _load_newest(self, published: asyncio.Queue[dict[str, Any]], least: int, mode: PauseMode) -> None:
+        """The newest version, from `least` on."""
+        while self.engine.version < least:
+            news = await published.get()
+            if news["version"] < least or not published.empty():
+                continue
+            path = Path(news["path"])
+            with suppress(FileNotFoundError), reading(path):
+                await self.engine.load_weights(path, news["version"], mode)
+
     async def _start_engine(self, published: asyncio.Queue[dict[str, Any]]) -> None:
-        """On the first version that is still there, which is held while the engine reads it."""
+        """On the first version that is still there, which is held while the engine reads it; where devices are shared,
+        on what the trainer has published last, for there will be no other before the engine has worked."""
+        least = await self.turn.begin()
         while self.engine.version < 0:
             news = await published.get()
             path, version = Path(news["path"]), news["version"]
+            if version < least:
+                continue
             try:
                 with reading(path):
                     await self.engine.start(path, version)

@@ -2,6 +2,8 @@
 
     for every update: take rows as they become ready, accumulate; when it is full: step, commit, publish, report
 
+Where an engine shares the device, rows are accumulated once all are there and the engine has given it.
+
 Owns the order of these acts. What may be taken is the queue's to say, what an update computes `flowrl/trainer/`'s, and
 where weights go `flowrl/weights/`'s.
 """
@@ -9,7 +11,7 @@ where weights go `flowrl/weights/`'s.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,13 +25,14 @@ from controllers.context import WorkerContext
 from controllers.eventlog import EventLog
 from controllers.messages import FINISHED_TOPIC
 from controllers.roster import installed_versions
-from controllers.shard import CURSORS_FILE
+from controllers.shard import QUEUE_DIR
 from flowrl.algorithms.declarations import Streaming
 from flowrl.config import Recipe, load
-from flowrl.config.recipe import is_strict
+from flowrl.config.recipe import hands_over_batches, is_strict
 from flowrl.determinism import fix_kernels
 from flowrl.replay.record import RECORD_DIR, Beginning, RecordWriter
 from flowrl.stages.relay import HOLDINGS_TOPIC, written_topic
+from flowrl.stages.turns import RankTurn
 from flowrl.stages.warm_start import warm_start
 from flowrl.trainer import checkpoint
 from flowrl.trainer.batch_metrics import BatchMetrics
@@ -45,7 +48,6 @@ from flowrl.weights.place import Route, pin_of, written_root
 from flowrl.weights.publish import Publisher
 from flowrl.weights.store import WeightStore
 from transfer_queue.client import QueueClient
-from transfer_queue.cursor import cursor_of
 from transfer_queue.rows import RowKey, Rows
 
 TAKE_WAIT_S = 10.0
@@ -62,7 +64,7 @@ def main(context: WorkerContext) -> None:
         **meeting,
         rank=context.rank,
         world_size=context.world_size,
-        device=context.devices[0],
+        device=context.device,
         interface=recipe.network.interface,
     ) as world:
         TrainStage(context, recipe, world).run()
@@ -108,6 +110,7 @@ class TrainStage:
         )
         self.events: EventLog | None = None
         self.record: RecordWriter | None = None
+        self.turn: RankTurn | None = None
         self.first_version = 0
         self.started = 0.0
         found, _ = recipe.algorithm.streaming(recipe.train.minibatches, recipe.train.epochs)
@@ -116,6 +119,11 @@ class TrainStage:
 
     def run(self) -> None:
         self.context.ready()
+        with self.context.event_log() as events:
+            self.turn = turn = RankTurn(self.context, events)
+            self.train(events, turn)
+
+    def train(self, events: EventLog, turn: RankTurn) -> None:
         trainer = self.begin()
         self.first_version = trainer.step
         if self.context.life and self.context.rank == 0 and self.recipe.weights.transport == "disk":
@@ -123,13 +131,14 @@ class TrainStage:
             root = written_root(self.recipe, self.context.session_dir, self.route)
             WeightStore(root, self.recipe.weights.buffers).discard_newer_than(trainer.step - 1)
         queue = QueueClient(self.context.queue_endpoints, secret=self.context.queue_secret)
-        events = self.context.event_log()
-        with queue, events, closing(self.publisher), self.recording(trainer), self.checkpoints:
+        with queue, closing(self.publisher), self.recording(trainer), self.checkpoints:
             self.publish(trainer.step, events)
+            turn.give(trainer.step)
             try:
                 for update in range(trainer.step, self.recipe.train.steps):
                     self.update(update, trainer, queue, events)
                     self.save(update + 1, trainer, queue, events)
+                    turn.give(update + 1)
             except Stopped:
                 self.context.log("stopped before the last update")
                 return
@@ -180,7 +189,7 @@ class TrainStage:
             world_size=context.world_size,
             life=context.life,
             step=trainer.step,
-            device=context.devices[0].partition(":")[0],
+            device=context.device.partition(":")[0],
             threads=context.threads,
             versions=installed_versions(),
         )
@@ -189,10 +198,13 @@ class TrainStage:
 
     def update(self, update: int, trainer: PolicyTrainer, queue: QueueClient, events: EventLog) -> None:
         started = time.monotonic()
+        batch: Iterable[Rows] = self.batch(queue, update)
+        if self.turn is not None and self.turn.is_shared:
+            batch = self.whole(batch, self.turn)
         trainer.begin_update()
         keys: list[RowKey] = []
         torch.manual_seed(update_seed(self.recipe.train.seed, update, self.world.rank))
-        for rows in self.batch(queue, update):
+        for rows in batch:
             if self.record is not None:
                 self.record.consumed(update, rows)
             trainer.accumulate(samples_from_rows(rows))
@@ -215,6 +227,15 @@ class TrainStage:
         queue.commit(self.context.life, update, keys)
         for key in keys:
             events.write("trained", key, update=update)
+
+    def whole(self, batch: Iterable[Rows], turn: RankTurn) -> list[Rows]:
+        """All of it, in host memory; and then the devices, while nobody generates there."""
+        rows = list(batch)
+        asked = time.monotonic()
+        if not turn.take():
+            raise Stopped
+        self.metrics.waited(time.monotonic() - asked)
+        return rows
 
     def batch(self, queue: QueueClient, update: int) -> Iterator[Rows]:
         """This rank's rows of the update: as they come, or, if runs are to be repeatable or the update waits for its
@@ -289,7 +310,14 @@ class TrainStage:
                 "kl_coef": trainer.objective.kl_coef.value,
             }
             events.flush()  # the log tells of all that a checkpoint covers
-            self.checkpoints.save(trainer, extra=extra, beside=partial(save_cursors, queue))
+            self.checkpoints.save(trainer, extra=extra, beside=partial(self.save_queue, queue))
+
+    def save_queue(self, queue: QueueClient, directory: Path) -> None:
+        """What of the data is still to be done, and the rows that lie there sampled, while no rank takes any. Where
+        engines hand over whole shares they begin with a whole one: part of it would be one too many. Every shard knows
+        the run's directory by its own path."""
+        place = (directory / QUEUE_DIR).relative_to(self.context.run_dir)
+        queue.save(str(place), with_rows=not hands_over_batches(self.recipe))
 
     def finish(self, rl_s: float) -> None:
         """Leaves the trained model as a Hugging Face directory, and says that training is over."""
@@ -301,12 +329,6 @@ class TrainStage:
         self.context.announce("trained", summary | self.metrics.staleness())
         if self.recipe.eval is None:
             self.context.announce(FINISHED_TOPIC, {"version": steps})
-
-
-def save_cursors(queue: QueueClient, directory: Path) -> None:
-    """What of the data is still to be done, at a moment when no rank takes rows."""
-    shards = [report["partitions"]["train"] for report in queue.introspect().values()]
-    (directory / CURSORS_FILE).write_bytes(msgspec.json.encode({"train": cursor_of(shards)}))
 
 
 def update_seed(run_seed: int, update: int, rank: int) -> int:

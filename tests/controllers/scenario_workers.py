@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import signal
@@ -41,7 +42,15 @@ def returner(context: WorkerContext) -> None:
 
 def crasher(context: WorkerContext) -> None:
     context.ready()
-    raise ValueError("the moon is full")
+    asyncio.run(_fall(context))
+
+
+async def _fall(context: WorkerContext) -> None:
+    """While another task waits for the end."""
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(context.stopped())
+        await asyncio.sleep(0)
+        raise ValueError("the moon is full")
 
 
 def bad_callback(context: WorkerContext) -> None:

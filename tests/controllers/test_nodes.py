@@ -9,7 +9,6 @@ from collections.abc import Callable
 import psutil
 import pytest
 
-from controllers.roster import Card, refuse_difference
 from tests.controllers.conftest import Run
 
 Start = Callable[..., Run]
@@ -45,15 +44,3 @@ def test_lost_node_is_named_and_ends_the_run(start: Start) -> None:
     assert [end["node"] for end in ends] == [0]
     assert "node 1 (" in ends[0]["reason"] and "is lost" in ends[0]["reason"]
     run.assert_nothing_left(within_s=2.0)
-
-
-def card(node: int, **fields: object) -> Card:
-    return Card(**{"node": node, "host": f"h{node}", "address": "", "plan": "p", "versions": {"numpy": "2"}, **fields})  # type: ignore[arg-type]
-
-
-def test_node_that_differs_is_named() -> None:
-    refuse_difference(card(0), card(1))
-    with pytest.raises(RuntimeError, match=r"node 1 \(h1\) has another recipe or placement than node 0"):
-        refuse_difference(card(0), card(1, plan="q"))
-    with pytest.raises(RuntimeError, match=r"node 1 \(h1\) has numpy 1; node 0 \(h0\) has 2"):
-        refuse_difference(card(0), card(1, versions={"numpy": "1"}))

@@ -6,9 +6,18 @@ from typing import Any
 
 import pytest
 
-from controllers.drawing import plan_table
+from controllers.drawing import placement_text, plan_table
 from controllers.graph import Graph
-from controllers.placement import Pool, WorkerPlan, fingerprint, plan
+from controllers.placement import (
+    Placement,
+    Pool,
+    WorkerPlan,
+    backing_device,
+    fingerprint,
+    placement,
+    plan,
+    sharing,
+)
 from controllers.stage import Stage
 
 
@@ -56,7 +65,9 @@ def test_refusals_name_stage_pool_and_rule() -> None:
     assert "unique" in refusal([Pool(name="cpu"), Pool(name="cpu")], train="cpu")
 
 
-@pytest.mark.parametrize("fields", [{"workers": 0}, {"threads": 0}, {"nodes": (1, 1)}, {"devices": ()}])
+@pytest.mark.parametrize(
+    "fields", [{"workers": 0}, {"threads": 0}, {"nodes": (1, 1)}, {"devices": ()}, {"devices": ("a", "a")}]
+)
 def test_impossible_pool_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"^pools\.p\.{next(iter(fields))}: "):
         Pool(name="p", **fields)
@@ -75,3 +86,32 @@ def test_table_has_a_line_a_worker() -> None:
     assert lines[0].split() == ["worker", "node", "rank", "pool", "threads", "devices", "stages"]
     assert lines[1].split() == ["train.0.0", "0", "0/2", "cpu", "1", "cpu", "train"]
     assert len(lines) == 5
+
+
+def test_workers_that_name_one_device_share_it_and_the_host_is_everybodys() -> None:
+    def planned(rollout: Pool, train: Pool) -> tuple[WorkerPlan, ...]:
+        return plan(graph(rollout="r", train="t"), [rollout, train], 2)
+
+    def pool(name: str, *devices: str, workers: int = 1, nodes: tuple[int, ...] = ()) -> Pool:
+        return Pool(name=name, devices=devices, workers=workers, nodes=nodes)
+
+    split = planned(pool("r", "cuda:0"), pool("t", "cuda:1"))
+    assert placement(split, "rollout", "train") is Placement.SPLIT
+    assert sharing(split, "rollout", "train") == {}
+    host = planned(pool("r", "cpu"), pool("t", "cpu"))
+    assert placement(host, "rollout", "train") is Placement.SPLIT
+
+    colocated = planned(pool("r", "cuda:0", "cuda:1"), pool("t", "cuda:0", "cuda:1", workers=2))
+    assert placement(colocated, "rollout", "train") is Placement.COLOCATED
+    assert sharing(colocated, "rollout", "train") == {
+        "rollout.0.0": ("train.0.0", "train.0.1"),
+        "rollout.1.0": ("train.1.0", "train.1.1"),
+        **{f"train.{node}.{index}": (f"rollout.{node}.0",) for node in (0, 1) for index in (0, 1)},
+    }
+
+    hybrid = planned(pool("r", "cpu:0", "cpu:1", workers=2), pool("t", "cpu:1", nodes=(1,)))
+    assert placement(hybrid, "rollout", "train") is Placement.HYBRID
+    assert sharing(hybrid, "rollout", "train") == {"rollout.1.1": ("train.1.0",), "train.1.0": ("rollout.1.1",)}
+    text = placement_text(hybrid, "rollout", "train").splitlines()
+    assert text[:2] == ["rollout and train: hybrid", "  node 1: rollout.1.1 and train.1.0 take turns at cpu:1"]
+    assert [backing_device(device) for device in ("cpu", "cpu:1", "cuda:1")] == ["cpu", "cpu", "cuda:1"]

@@ -19,17 +19,17 @@ def test_equal_nodes_pass() -> None:
 
 
 def test_another_recipe_is_named_by_its_node() -> None:
-    with pytest.raises(RuntimeError, match=r"node 1 \(bob\) has another recipe or placement than node 0 \(ada\)"):
+    with pytest.raises(ValueError, match=r"node 1 \(bob\) has another recipe or placement than node 0 \(ada\)"):
         refuse_difference(MINE, other(plan="p2"))
 
 
 @pytest.mark.parametrize("name", ["python", "platform", "torch", "flowrl", "code"])
 def test_another_version_is_named_by_node_and_package(name: str) -> None:
-    with pytest.raises(RuntimeError, match=rf"node 1 \(bob\) has {name} 0\.0; node 0 \(ada\) has "):
+    with pytest.raises(ValueError, match=rf"node 1 \(bob\) has {name} 0\.0; node 0 \(ada\) has "):
         refuse_difference(MINE, other(versions=MINE.versions | {name: "0.0"}))
 
 
 def test_a_package_that_a_node_lacks_is_named() -> None:
     lacking = {name: version for name, version in MINE.versions.items() if name != "code"}
-    with pytest.raises(RuntimeError, match="has code none"):
+    with pytest.raises(ValueError, match="has code none"):
         refuse_difference(MINE, other(versions=lacking))

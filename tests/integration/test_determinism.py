@@ -113,3 +113,10 @@ def test_whole_batches_at_bound_one_are_one_step_off(tmp_path: Path) -> None:
         if event["kind"] == "trained":
             versions[event["update"]] |= {version for version, _ in sampled[tuple(event["key"])]}
     assert versions == {update: {max(0, update - 1)} for update in range(STEPS)}
+
+
+def test_taking_turns_at_one_device_changes_no_bit(strict_run: Path, tmp_path: Path) -> None:
+    pools = "pools={rollout: {devices: [cpu:0]}, train: {devices: [cpu:0]}}"
+    one_device = tiny_run(tmp_path, "colocated", *STRICT, pools)
+    assert_same_bits(strict_run / "model", one_device / "model")
+    assert metrics_by_step(strict_run) == metrics_by_step(one_device)

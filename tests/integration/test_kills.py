@@ -7,15 +7,19 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from flowrl.cli.main import main
 from flowrl.report.staleness_check import check_run
 from tests.integration.runs import (
+    ROOT,
     alive,
+    events_so_far,
     finish,
     sessions,
     started,
@@ -27,7 +31,7 @@ from tests.integration.test_resume import command, rows_that_count
 
 pytestmark = pytest.mark.timeout(600)
 START_S = 200
-BACK_S = 100
+BACK_S = 200
 HEARTBEAT_S = 10
 VICTIMS = ("rollout.0.0", "stages.0.0", "evaluate.0.0")
 EVALUATED = ("data.held_out=20", "eval={every: 10, limit: 20}")
@@ -82,6 +86,30 @@ def test_engine_stages_and_evaluation_come_back_and_the_run_ends_well(tmp_path: 
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+def test_relays_come_back_and_weights_cross_nodes_again(tmp_path: Path, signum: signal.Signals) -> None:
+    run = tmp_path / "runs" / "hurt"
+    steps = 24
+    arguments = command(
+        tmp_path, "hurt", f"train.steps={steps}", f"run.heartbeat_s={HEARTBEAT_S}", nodes=2
+    )  # fmt: skip
+    with started(arguments) as process:
+        wait_for_update(process, run, 2)
+        hit(process, ("relay.0.0", "relay.1.0"), signum)
+        output = finish(process, 250)
+        assert process.returncode == 0, output
+    rows = rows_that_count(run)
+    assert len(rows) == steps * 32 and set(rows.values()) == {1}
+    assert check_run(run).is_clean
+    newest = {node: 0 for node in (0, 1)}
+    for event in events_so_far(run / "events.jsonl"):
+        if event["kind"] == "dispatched":
+            newest[event["node"]] = max(newest[event["node"]], event["version"])
+    assert min(newest.values()) > steps - 8, newest
+    assert leftovers(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("first", "second"), [(("train", signal.SIGKILL), ("queue", signal.SIGSTOP)),
                           pytest.param(("queue", signal.SIGKILL), ("train", signal.SIGSTOP), marks=pytest.mark.slow)],
@@ -118,6 +146,17 @@ def lives(run: Path) -> int:
 
 
 @pytest.mark.slow
+def test_six_kill_rounds_leave_what_an_undisturbed_run_leaves() -> None:
+    """The benchmark itself, which has a hundred."""
+    done = subprocess.run(
+        [sys.executable, "benchmarks/kill_rounds.py", "--rounds", "6"], cwd=ROOT, capture_output=True, text=True,
+        timeout=550, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "everything held" in done.stdout
+
+
+@pytest.mark.slow
 def test_without_a_checkpoint_the_death_of_a_trainer_ends_the_run_by_name(tmp_path: Path) -> None:
     with started(command(tmp_path, "hurt", "train.steps=4000")) as process:
         wait_for_update(process, tmp_path / "runs" / "hurt", 2)
@@ -130,15 +169,37 @@ def test_without_a_checkpoint_the_death_of_a_trainer_ends_the_run_by_name(tmp_pa
     assert leftovers(tmp_path) == []
 
 
+def engines_join_and_leave(process: subprocess.Popen[str], run: Path) -> None:
+    """A second engine comes, and samples; the first two go, and nothing is sampled; one comes again."""
+
+    def has_worked(engine: str, after: int) -> bool:
+        log = events_so_far(run / "events.jsonl")[after:]
+        return any(event["kind"] == "reserved" and event["producer"] == engine for event in log)
+
+    assert main(["engines", str(run), "2"]) == 0
+    wait_until(lambda: has_worked("rollout.0.1", 0), BACK_S, "a second engine")
+    assert main(["engines", str(run), "0"]) == 0
+    wait_until(lambda: not any(name.startswith("rollout") for name in workers(process)), BACK_S, "the engines to leave")
+    seen = len(events_so_far(run / "events.jsonl"))
+    assert main(["engines", str(run), "1"]) == 0
+    wait_until(lambda: has_worked("rollout.0.0", seen), BACK_S, "the first engine to come again")
+    wait_for_update(process, run, trained_updates(run) + 3)
+    assert "rollout.0.1" not in workers(process)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_stops_the_run_in_order(tmp_path: Path, signum: signal.Signals) -> None:
     with started(command(tmp_path, "hurt", "train.steps=4000")) as process:
-        wait_for_update(process, tmp_path / "runs" / "hurt", 2)
+        run = tmp_path / "runs" / "hurt"
+        wait_for_update(process, run, 2)
+        if signum == signal.SIGINT:
+            engines_join_and_leave(process, run)
         everyone = dict(workers(process))
         process.send_signal(signum)
         output = finish(process, 100)
         assert process.returncode not in (0, None), output
     assert "Traceback" not in output
+    assert check_run(run).is_clean
     assert alive(list(everyone.values())) == []
     assert leftovers(tmp_path) == []
 

@@ -78,6 +78,17 @@ def rows_that_count(run: Path) -> Counter[tuple[Any, ...]]:
     return Counter(row for rows in trained.values() for row in rows)
 
 
+def rows_brought_over(run: Path) -> int:
+    """Rows trained that an earlier life than the one that trained them had sampled: their attempts are counted so."""
+    life = brought = 0
+    for event in events_so_far(run / "events.jsonl"):
+        if event["kind"] == "resumed":
+            life = event["life"]
+        elif event["kind"] == "trained":
+            brought += event["key"][3] < 1000 * life
+    return brought
+
+
 def assert_no_row_twice_and_none_lost(run: Path, steps: int, bound: int, shards: int = 1) -> None:
     rows = rows_that_count(run)
     assert len(rows) == steps * BATCH and set(rows.values()) == {1}
@@ -109,6 +120,7 @@ def test_an_asynchronous_run_loses_no_row_and_trains_none_twice(tmp_path: Path) 
     kill_all_after(8, [*arguments, "--resume"], run)
     run_to_its_end([*arguments, "--resume"])
     assert_no_row_twice_and_none_lost(run, 12, bound=2)
+    assert rows_brought_over(run) > 0, "a checkpoint has the rows that lie sampled in the queue"
     assert json.loads((run / "summary.json").read_text())["steps"] == 12
     replayed = run_to_its_end([sys.executable, "-m", "flowrl", "replay", str(run)])
     assert "12 updates replayed" in replayed

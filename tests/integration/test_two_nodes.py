@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -34,3 +36,36 @@ def test_both_nodes_produce_and_consume(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert min(lags) >= 0 and max(lags) <= 2
     assert not list(sessions(tmp_path).iterdir())
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("arguments.append(f'train.seed={node}')", "has another recipe or placement than node"),
+        ("pipeline.code_digest = lambda: f'state {node}'", r"has code state \d; node \d \(.*\) has state \d"),
+    ],
+)
+def test_a_node_that_would_run_something_else_is_named_before_anything_starts(
+    tmp_path: Path, line: str, message: str
+) -> None:
+    (tmp_path / "launch.py").write_text(
+        textwrap.dedent(f"""
+            import os, sys
+            from flowrl import pipeline
+            from flowrl.cli.main import main
+            node, arguments = os.environ["RANK"], sys.argv[1:]
+            {line}
+            sys.exit(main(arguments))
+        """)
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    arguments = [
+        *launcher, str(tmp_path / "launch.py"), "run", str(ROOT / "recipes" / "quickstart_two_nodes.yaml"), *SMALL,
+        "run.name=two", f"run.dir={tmp_path}/runs", f"model.path={tmp_path}/model",
+        f"run.session_dir={sessions(tmp_path)}",
+    ]  # fmt: skip
+    code, output = run_to_end(arguments, timeout_s=150)
+    assert code != 0
+    assert re.search(rf"flowrl: node [01] \(.*\) {message}", output), output
+    assert not list((tmp_path / "runs" / "two" / "logs").iterdir()), "a worker was started"

@@ -170,3 +170,4 @@ def test_updates_that_a_later_life_went_back_behind_count_nowhere() -> None:
     assert findings.rows_by_staleness == {0: 2}
     in_one_life = check([event for event in log if event.kind != "resumed"], bound=0)
     assert [violation.key for violation in in_one_life.violations] == [rows[1]]
+    assert in_one_life.repeated == [("train", 1, 0)]

@@ -18,12 +18,14 @@ from transfer_queue.spans import keys_of, spans_of
 from transfer_queue.staleness import Accounts
 
 
-def shards(directory: Path, count: int, accounts: Accounts, restore: Path | None = None) -> list[DirectShard]:
+def shards(
+    directory: Path, count: int, accounts: Accounts, restore: Path | None = None, life: int = 0
+) -> list[DirectShard]:
     made = []
     for first in range(count):
         config = QueueConfig(
             endpoint=f"ipc://{directory}/{first}", consumers=CONSUMERS, first_group=first, group_stride=count,
-            save_dir=str(directory), restore_dir=str(restore) if restore else "",
+            save_dir=str(directory), restore_dir=str(restore) if restore else "", life=life,
         )  # fmt: skip
         made.append(DirectShard(config, LocalClock(accounts)))
         made[-1].pass_time(0.0)
@@ -149,3 +151,37 @@ def test_a_save_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("in the way")
     reply: Any = shard.ask(wire.Save, str(tmp_path / "file" / "below"))
     assert (reply.error, "directory" in reply.message) == ("RowRefused", True)
+
+
+def test_a_queue_saved_without_rows_has_its_open_groups_sampled_anew(tmp_path: Path) -> None:
+    accounts = Accounts(4, 1)
+    (shard,) = shards(tmp_path, 1, accounts)
+    run([shard], 0)
+    groups = shard.reserve(groups=3, size=2)
+    for name in ("tokens", "reward", "advantage"):
+        put(shard, [key for group in groups[:2] for key in group.keys], name)
+    taken = shard.take("train", 2, update=0)
+    shard.ask(wire.Commit, 0, 0, taken.keys)
+    assert shard.ask(wire.Save, str(tmp_path / "saved"), False).count == 0
+    again = Accounts(4, 1, version=1, awaited_shards=1)
+    (later,) = shards(tmp_path, 1, again, tmp_path / "saved", life=1)
+    assert again.outstanding == {} and again.awaited_shards == 0
+    run([later], 1)
+    done = {key.group for key in taken.keys}
+    wanted = sorted({group.group for group in groups} - done)
+    assert [(group.group, group.attempt) for group in later.reserve(groups=len(wanted), size=2)] == [
+        (number, 1000) for number in wanted
+    ]
+
+
+def test_a_row_of_an_earlier_life_that_is_given_up_gets_a_key_that_was_never_used(tmp_path: Path) -> None:
+    """The earlier life may have tried the group again, after it was saved."""
+    (shard,) = shards(tmp_path, 1, Accounts(4, 3))
+    run([shard], 0)
+    (group,) = shard.reserve(groups=1, size=2)
+    put(shard, list(group.keys))
+    save([shard], tmp_path / "saved")
+    (later,) = shards(tmp_path, 1, Accounts(4, 3, awaited_shards=1), tmp_path / "saved", life=2)
+    later.ask(wire.Drop, list(group.keys), "unwanted", True)
+    run([later], 0)
+    assert [(found.group, found.attempt) for found in later.reserve(groups=1, size=2)] == [(group.group, 2000)]
