@@ -26,6 +26,7 @@ setup(
         "aiohttp>=3.9",
         "xxhash>=3.4",
         "zstandard>=0.22",
+        "setproctitle>=1.3",
     ],
     extras_require={
         "tasks": ["reasoning-gym>=0.1.20"],

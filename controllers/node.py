@@ -46,7 +46,9 @@ from controllers.messages import (
     decode_to_controller,
     encode,
 )
+from controllers.nursery import Nursery
 from controllers.placement import WorkerPlan, joined
+from controllers.process import environment
 from controllers.reaper import Reaper
 from controllers.settings import (
     ControllerSettings,
@@ -153,7 +155,11 @@ class NodeController:
         self._router = stack.enter_context(context.socket(zmq.ROUTER))
         self._router.setsockopt(zmq.LINGER, 0)
         self._router.bind(session.endpoint("control"))
-        self._supervisor = Supervisor(settings.limits, reaper, self._send_stop, self._on_worker)
+        nursery = None
+        if settings.preload:
+            nursery = Nursery(settings.preload, environment(threads=1))
+            stack.callback(nursery.close)
+        self._supervisor = Supervisor(settings.limits, reaper, self._send_stop, self._on_worker, nursery)
         stack.callback(self._supervisor.kill_and_reap)
         self._add_workers()
         for signum in (signal.SIGINT, signal.SIGTERM):

@@ -55,8 +55,9 @@ class ControllerSettings:
     where session directories are made; needed_bytes: free space wanted there. address, interface: of this node, where
     others reach it. is_trusted: says that only the run's own nodes can reach these; several nodes off loopback need it,
     because torch RPC has no secret. recipe: a hash that must agree on all nodes; versions: by name, what else must.
-    events_max_bytes: at which a segment of the event log is closed. start_s: for the nodes to find each other; peer_s:
-    silence that makes a node dead."""
+    events_max_bytes: at which a segment of the event log is closed. preload: modules of targets, slow to import;
+    workers of them, unless on a GPU, are forked from a process that has done so (`nursery.py`). start_s: for the nodes
+    to find each other; peer_s: silence that makes a node dead."""
 
     run_dir: Path
     queue: QueueSettings | None = None
@@ -71,6 +72,7 @@ class ControllerSettings:
     versions: Mapping[str, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     events_max_bytes: int = 1 << 30
+    preload: tuple[str, ...] = ()
     start_s: float = 120.0
     peer_s: float = 10.0
 

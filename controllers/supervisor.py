@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from controllers.messages import Failed, Heartbeat, WorkerSpec
+from controllers.nursery import Nursery
 from controllers.process import WorkerProcess, exit_text, log_tail
 from controllers.reaper import Reaper
 
@@ -93,13 +94,21 @@ class _Member:
 
 
 class Supervisor:
-    """listener(worker, state, text) hears every change of state."""
+    """listener(worker, state, text) hears every change of state. nursery: where workers are born, if there is one."""
 
-    def __init__(self, limits: Limits, reaper: Reaper, send_stop: Callable[[str], None], listener: Listener) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        reaper: Reaper,
+        send_stop: Callable[[str], None],
+        listener: Listener,
+        nursery: Nursery | None = None,
+    ) -> None:
         self._limits = limits
         self._reaper = reaper
         self._send_stop = send_stop
         self._listener = listener
+        self._nursery = nursery
         self._members: dict[str, _Member] = {}
 
     def add(self, name: str, make_spec: Callable[[str], WorkerSpec], is_restarted: bool, log_path: Path) -> None:
@@ -231,7 +240,8 @@ class Supervisor:
         member.heartbeat = _AT_WORK
         member.failure = ""
         member.is_finished = False
-        member.process = WorkerProcess(member.make_spec(member.identity), member.log_path, self._reaper)
+        spec = member.make_spec(member.identity)
+        member.process = WorkerProcess(spec, member.log_path, self._reaper, self._nursery)
         self._change(member, WorkerState.STARTING, f"process {member.process.pid}")
 
     def _mourn(self, member: _Member, code: int) -> None:

@@ -1,4 +1,5 @@
-"""A worker process: `python -m controllers.worker NAME SPEC_FD LIFELINE_FD`, started by `process.py` alone.
+"""A worker process: `python -m controllers.worker NAME SPEC_FD LIFELINE_FD`, started by `process.py`, or forked by
+`nursery.py`.
 
 Owns the child's side of life and death: it dies with its controller, however that dies. What it does is its target's.
 """
@@ -22,6 +23,7 @@ from controllers.control import ControlChannel
 from controllers.dotted import load_attribute
 from controllers.messages import Failed, Finished, WorkerSpec
 
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -51,6 +53,15 @@ def _first(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+def limit_threads(threads: int) -> None:
+    """For libraries that are loaded by now, and for what this process starts. (Others read the environment at their
+    start.)"""
+    os.environ.update({name: str(threads) for name in THREAD_VARIABLES})
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(threads)
 
 
 def _read_spec(spec_fd: int) -> WorkerSpec:

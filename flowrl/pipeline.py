@@ -278,8 +278,17 @@ def controller_settings(built: Pipeline, run_dir: Path, life: Life) -> Controlle
         recipe=fingerprint(recipe),
         versions={"code": code_digest()},
         events_max_bytes=recipe.run.events_max_mb << 20,
+        preload=_slow_modules(built.graph),
         **optional,
     )
+
+
+def _slow_modules(graph: Graph) -> tuple[str, ...]:
+    """Of this package's stages, and what runs mapped ones. A user's may do at their import what does not survive a
+    fork."""
+    modules = {stage.run.partition(":")[0] for stage in graph}
+    ours = sorted(module for module in modules if module.startswith("flowrl."))
+    return (EXECUTOR_TARGET.partition(":")[0], *ours)
 
 
 def published_bytes(recipe: Recipe, route: Route) -> int:

@@ -19,13 +19,15 @@ import pytest
 _HERE = Path(__file__).parent
 _ROOT = _HERE.parent.parent
 _MARK = "CONTROLLERS_TEST_RUN"
+_PRELOAD = "CONTROLLERS_TEST_PRELOAD"
+_WORKERS = "scenario_workers controllers.executor"
 Event = dict[str, Any]
 
 
 class Run:
     """A scenario under way. `mark` is in the environment of every process that belongs to it."""
 
-    def __init__(self, name: str, run_dir: Path, num_nodes: int) -> None:
+    def __init__(self, name: str, run_dir: Path, num_nodes: int, preload: str) -> None:
         self.run_dir = run_dir
         self.mark = uuid.uuid4().hex
         # Short, because sockets lie below it.
@@ -35,7 +37,7 @@ class Run:
         stderr = (run_dir / "stderr").open("w")
         self.popen = subprocess.Popen(
             [sys.executable, *(launcher if num_nodes > 1 else []), *script],
-            env={**os.environ, _MARK: self.mark, "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, _MARK: self.mark, "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1", _PRELOAD: preload},
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
@@ -103,8 +105,9 @@ class Run:
 def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     runs: list[Run] = []
 
-    def start_run(name: str, num_nodes: int = 1) -> Run:
-        runs.append(Run(name, tmp_path, num_nodes))
+    def start_run(name: str, num_nodes: int = 1, preload: str = _WORKERS) -> Run:
+        """Workers are forked from a nursery, as those of a run on a CPU are, unless nothing is preloaded."""
+        runs.append(Run(name, tmp_path, num_nodes, preload))
         return runs[-1]
 
     yield start_run

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +72,7 @@ STAGES: dict[str, list[Stage]] = {
     ],
     "two_nodes_idle": [driver("idle"), driver("with_child", pool="first")],
 }
-RESTARTED = {"suicide": "suicide", "mortal": "mortal"}
+RESTARTED = {"suicide": "suicide", "mortal": "mortal", "with_child": "idle"}
 IMPATIENT = ("frozen", "stuck", "stubborn", "mortal")
 WITH_QUEUE = ("queue", "mortal_stage", "broken_stage", "two_nodes")
 
@@ -101,6 +102,7 @@ def main(name: str, run_dir: Path, session_root: Path) -> int:
             limits=_LIMITS if name in IMPATIENT else _PATIENT,
             queue=QueueSettings(batch_rows=8, max_staleness=1, lease_s=2.0) if name in WITH_QUEUE else None,
             peer_s=5.0,
+            preload=tuple(os.environ.get("CONTROLLERS_TEST_PRELOAD", "").split()),
         ),
         settings,
         Observers(
