@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,10 @@ def main() -> None:
     given = parse()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        measured = [measure(work, mode, given) for mode in given.modes.split(",")]
+        measured = []
+        for mode in given.modes.split(","):
+            measured.append(measure(work, mode, given))
+            print(json.dumps(measured[-1]), flush=True)
     base = measured[0]
     for each in measured:
         each["gain"] = round(base["update_s"] / each["update_s"], 3)
@@ -65,7 +69,7 @@ def main() -> None:
         "settings": {name: value for name, value in vars(given).items() if name != "out"},
         "modes": measured,
     }
-    print(table(measured))
+    print("\n" + tables(measured))
     if given.out is not None:
         given.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
@@ -104,7 +108,7 @@ def overrides(work: Path, mode: str, given: argparse.Namespace) -> list[str]:
 
 def measure(work: Path, mode: str, given: argparse.Namespace) -> dict[str, Any]:
     from flowrl.report.events import read_events
-    from flowrl.report.idle import rollout_idle_share, train_idle_share
+    from flowrl.report.idle import mapped_idle_shares, rollout_idle_share, train_idle_share
     from flowrl.report.record import RunRecord
 
     settings = overrides(work, mode, given)
@@ -126,12 +130,14 @@ def measure(work: Path, mode: str, given: argparse.Namespace) -> dict[str, Any]:
             published.setdefault(event.version, event.t)
     seconds = [published[version + 1] - published[version] for version in range(WARM_UP, given.updates)]
     record = RunRecord.read(run)
+    began = record.series("critic/score/mean").t[0] if len(record.series("critic/score/mean")) else 0.0
     return {
         "mode": mode,
         "update_s": round(statistics.mean(seconds), 4),
         "training_s": round(published[given.updates] - published[0], 2),
         "idle_rollout": round(rollout_idle_share(read_events(run / "events.jsonl")) or 0.0, 3),
         "idle_train": round(train_idle_share(record) or 0.0, 3),
+        **{f"idle_{name}": round(share, 3) for name, share in mapped_idle_shares(record, began).items()},
         "tokens_a_response": round(float(record.series("response_length/mean").value.mean()), 1),
         "rows_dropped": dropped,
         "max_staleness": record.summary["max_staleness"],
@@ -162,13 +168,17 @@ def simulated(run: Path, settings: list[str]) -> dict[str, float]:
     }
 
 
-def table(measured: list[dict[str, Any]]) -> str:
-    columns = (
-        "mode", "update_s", "gain", "bound", "gain_over_bound", "idle_rollout", "idle_train", "simulated_update_s",
-        "simulated_idle_train", "response_s_median", "response_s_p99", "train_busy_s", "rows_dropped", "max_staleness",
-    )  # fmt: skip
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    lines += ["| " + " | ".join(str(each[name]) for name in columns) + " |" for each in measured]
+def tables(measured: list[dict[str, Any]]) -> str:
+    """What was measured, and what the bound was computed from."""
+    idle = [name for name in measured[0] if name.startswith("idle_")]
+    found = ("mode", "update_s", "gain", "bound", "gain_over_bound", *idle, "rows_dropped", "max_staleness")
+    times = ("mode", "tokens_a_response", "response_s_median", "response_s_p99", "train_busy_s", "simulated_update_s")
+    return "\n\n".join(table(measured, columns) for columns in (found, (*times, "simulated_idle_train")))
+
+
+def table(measured: list[dict[str, Any]], columns: Sequence[str]) -> str:
+    lines = ["| " + " | ".join(name.replace("_", " ") for name in columns) + " |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(str(each.get(name, "")) for name in columns) + " |" for each in measured]
     return "\n".join(lines)
 
 

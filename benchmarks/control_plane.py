@@ -193,7 +193,9 @@ def measure(nodes: int, rows: int, steps: int) -> dict[str, Any]:
             )
         found = [json.loads((Path(work) / f"node-{node}.json").read_text()) for node in range(nodes)]
         heard = [json.loads((Path(work) / f"heard-{node}.json").read_text())[WARM_UP:] for node in range(nodes)]
-    return summarise(found, heard, nodes, rows, steps - WARM_UP) | {"wall_s": round(time.monotonic() - began, 1)}
+    result = summarise(found, heard, nodes, rows, steps - WARM_UP) | {"wall_s": round(time.monotonic() - began, 1)}
+    print(json.dumps(result), flush=True)
+    return result
 
 
 def summarise(
@@ -246,7 +248,7 @@ def main() -> int:
         "messages_16_nodes_over_4": ratio(by_nodes, "nodes", 4, 16),
         "messages_4_times_the_rows_over_1": ratio(by_rows, "rows", 256, 1024),
     }
-    print(table(by_nodes + by_rows))
+    print("\n" + table(by_nodes + by_rows))
     print(json.dumps({name: value for name, value in result.items() if not name.startswith("by_")}, indent=2))
     if given.out is not None:
         given.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ session directory. Exit code 1 if anything grew.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -56,6 +57,7 @@ def main() -> int:
         "updates": updates,
         "grown": grown,
         "processes": {name: thirds(each) for name, each in sorted(settled.items()) if each},
+        "every_minute": {name: by_minute(each) for name, each in sorted(samples.items())},
     }
     print(table(result["processes"]))
     print(f"{updates} updates in {given.minutes} minutes; " + ("; ".join(grown) if grown else "nothing grew"))
@@ -109,25 +111,34 @@ def watch(process: subprocess.Popen[bytes], work: Path, root: Path, seconds: flo
 
 
 def name_of(process: psutil.Process) -> str:
-    line = " ".join(process.cmdline())
+    words = process.cmdline()
+    line = " ".join(words)
     worker = re.search(r"-m controllers\.worker (\S+)", line)
     if worker is not None:
         return worker.group(1)
-    return "controller" if "-m flowrl run" in line else Path(process.cmdline()[-2]).name
+    if "-m flowrl run" in line:
+        return "controller"
+    module = re.search(r"-m (\S+)", line)
+    return module.group(1) if module else process.name()
 
 
 def size_of(folder: Path) -> int:
+    """Bytes, of what is there: files and whole directories go while one looks."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.lstat().st_blocks * 512
-        except FileNotFoundError:  # a version that was replaced meanwhile
-            continue
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(place, name)).st_blocks * 512
     return total
 
 
 def settled_from(samples: list[Sample], seconds: float) -> int:
     return next((place for place, each in enumerate(samples) if each["t"] >= seconds), len(samples))
+
+
+def by_minute(samples: list[Sample]) -> list[Sample]:
+    """The last look of every minute."""
+    return list({int(each["t"] // 60): each for each in samples}.values())
 
 
 def thirds(samples: list[Sample]) -> dict[str, list[float]]:

@@ -25,6 +25,9 @@ EVENTS_PER_ROW = 5
 EVENT_BYTES = 92
 METRICS_BYTES = 1500
 SAMPLE_BYTES = 600
+RECORDED_ROW_BYTES = 32
+RECORDED_TOKEN_BYTES = 13
+USUAL_PROMPT_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,13 @@ def disk_per_update(recipe: Recipe) -> list[Need]:
         Need("events.jsonl", rows * EVENTS_PER_ROW * EVENT_BYTES, False),
         Need("metrics.jsonl", METRICS_BYTES, False),
         Need("samples.jsonl", round(samples * (SAMPLE_BYTES + 4 * recipe.rollout.max_tokens)), False),
+        *([Need("record, for flowrl replay", rows * _recorded_row(recipe), False)] if recipe.run.record else []),
     ]
+
+
+def _recorded_row(recipe: Recipe) -> int:
+    """Its prompt at a usual length, its response at the longest."""
+    return RECORDED_ROW_BYTES + 4 * USUAL_PROMPT_TOKENS + RECORDED_TOKEN_BYTES * recipe.rollout.max_tokens
 
 
 def disk_in_all(recipe: Recipe, shape: ModelShape) -> list[Need]:

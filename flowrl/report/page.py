@@ -59,12 +59,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Beside each other where there is room."""
+    """Beside each other where there is room. legend: what holds for all of them."""
 
     pictures: Sequence[Picture]
+    legend: str = ""
 
     def html(self) -> str:
-        return f'<div class="grid">{"".join(picture.html() for picture in self.pictures)}</div>'
+        legend = f'<p class="lead">{html.escape(self.legend)}</p>\n' if self.legend else ""
+        return f'{legend}<div class="grid">{"".join(picture.html() for picture in self.pictures)}</div>'
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flowrl.report.sweep_table import Measure, PointRow, SweepTable, is_seed, ordered, spread
+from flowrl.report.sweep_table import Measure, PointRow, SweepTable, is_seed, ordered, percent, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,6 +17,7 @@ COLOURS = ("#2563eb", "#ea580c", "#0d9488", "#7c3aed", "#dc2626", "#65a30d", "#d
 QUIET = "#64748b"
 SIZE = (7.2, 4.4)
 MOST_LINES = 8
+LEGEND = "A dot is a point, one for each seed; the line is their mean, the band goes from the least to the most."
 
 
 def choose_axis(table: SweepTable, wanted: str | None) -> str:
@@ -34,12 +35,14 @@ def draw_sweep(table: SweepTable, axis: str, folder: Path) -> dict[str, Path]:
 
     matplotlib.use("Agg")
     pictures: dict[str, Callable[[Axes], bool]] = {
-        "accuracy": lambda axes: _against(axes, table, axis, "accuracy_after", "Accuracy after training", "held out"),
+        "accuracy": lambda axes: _against(
+            axes, table, axis, "accuracy_after", "Accuracy after training", "held-out accuracy"
+        ),
         "reward": lambda axes: _against(
-            axes, table, axis, "reward_final", "Reward at the end", "last tenth of updates"
+            axes, table, axis, "reward_final", "Reward at the end", "mean reward, last tenth of updates"
         ),
         "time_to_reward": lambda axes: _time_to_reward(axes, table, axis),
-        "throughput": lambda axes: _against(
+        "throughput": lambda axes: _from_zero(
             axes, table, axis, "tokens_per_s", "Throughput", "tokens trained per second"
         ),
         "idle": lambda axes: _idle(axes, table, axis),
@@ -94,7 +97,15 @@ def _time_to_reward(axes: Axes, table: SweepTable, axis: str) -> bool:
     missed = [row for row in table.compared() if row.figures and row.figures.seconds_to(table.reward) is None]
     note = f" ({len(missed)} of {len(table.compared())} points never reached it)" if missed else ""
     title = f"Time to a reward of {table.reward:.3g}{note}"
-    return _against(axes, table, axis, "seconds_to_reward", title, "seconds since the first update began")
+    return _from_zero(axes, table, axis, "seconds_to_reward", title, "seconds since the first update began")
+
+
+def _from_zero(axes: Axes, table: SweepTable, axis: str, measure: str, title: str, ylabel: str) -> bool:
+    """What is compared as a ratio: twice as high is twice as much."""
+    has_data = _against(axes, table, axis, measure, title, ylabel)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter("{x:,.0f}" if axes.get_ylim()[1] >= 10 else "{x:g}")
+    return has_data
 
 
 def _idle(axes: Axes, table: SweepTable, axis: str) -> bool:
@@ -102,7 +113,7 @@ def _idle(axes: Axes, table: SweepTable, axis: str) -> bool:
     axes.set(title="Idle share by stage", ylabel="% of training time")
     rows = table.compared()
     drawn = [
-        _line(axes, table, axis, rows, _percent(table.measures[f"idle_{stage}"]), COLOURS[index], stage)
+        _line(axes, table, axis, rows, percent(table.measures[f"idle_{stage}"]), COLOURS[index], stage)
         for index, stage in enumerate(table.stages[: len(COLOURS)])
     ]
     axes.set_ylim(bottom=0)
@@ -156,11 +167,3 @@ def _finish(axes: Axes, table: SweepTable, axis: str, has_data: bool, has_legend
     if has_legend and has_data:
         axes.legend(frameon=False, fontsize=9)
     return has_data
-
-
-def _percent(measure: Measure) -> Measure:
-    def percent(figures: object) -> float | None:
-        share = measure(figures)  # type: ignore[arg-type]
-        return None if share is None else 100 * share
-
-    return percent

@@ -10,8 +10,18 @@ from rich.markup import escape
 from rich.table import Table as ScreenTable
 
 from flowrl.report.page import Part, Picture, Pictures, Table, Words, write_page
-from flowrl.report.sweep_plots import choose_axis, draw_sweep
-from flowrl.report.sweep_table import PointRow, SweepTable, is_seed, ordered, read_sweep, spread, write_csv, written
+from flowrl.report.sweep_plots import LEGEND, choose_axis, draw_sweep
+from flowrl.report.sweep_table import (
+    PointRow,
+    SweepTable,
+    is_seed,
+    ordered,
+    percent,
+    read_sweep,
+    spread,
+    write_csv,
+    written,
+)
 
 WIDTH = 160  # of the table, where it does not go to a terminal
 SHOWN = ("accuracy_after", "reward_final", "seconds_to_reward", "tokens_per_s")
@@ -54,8 +64,12 @@ def summary(table: SweepTable, axis: str) -> tuple[list[str], list[list[str]]]:
     """A row for each place on the axis and each setting of what else varies, seeds together: mean ± deviation."""
     fields = [axis, *(field for field in table.fields if field != axis and not is_seed(field))]
     shown = (*SHOWN, *(f"idle_{stage}" for stage in table.stages))
-    measures = {name: table.measures[name] for name in shown if name in table.measures}
-    idle = {f"idle_{stage}": f"{stage} idle" for stage in table.stages}
+    measures = {
+        name: percent(table.measures[name]) if name.startswith("idle_") else table.measures[name]
+        for name in shown
+        if name in table.measures
+    }
+    idle = {f"idle_{stage}": f"{stage} idle %" for stage in table.stages}
     headings = {
         **HEADINGS,
         **idle,
@@ -85,7 +99,7 @@ def _write_page(
     plan = table.plan
     sections: list[tuple[str, Part]] = [("Summary", Table(header, rows))]
     if pictures:
-        sections.append(("Pictures", Pictures([Picture(each) for each in pictures.values()])))
+        sections.append(("Pictures", Pictures([Picture(each) for each in pictures.values()], LEGEND)))
     left = unfinished(table)
     if left:
         reasons = [[row.point.name, row.state, row.outcome.reason if row.outcome else ""] for row in left]

@@ -128,6 +128,14 @@ def spread(rows: Sequence[PointRow], measure: Measure) -> Spread:
     return Spread(np.array([value for value in found if value is not None], dtype=np.float64))
 
 
+def percent(share: Measure) -> Measure:
+    def measure(figures: PointFigures) -> float | None:
+        value = share(figures)
+        return None if value is None else 100 * value
+
+    return measure
+
+
 def is_seed(field: str) -> bool:
     return field.rpartition(".")[2] == "seed"
 

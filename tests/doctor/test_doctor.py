@@ -102,7 +102,15 @@ def test_the_command_prints_it_and_a_directory_that_is_no_model_is_refused(
     arguments = ["doctor", str(RECIPE), f"run.dir={tmp_path}/runs", f"model.path={tmp_path}/model"]
     main(arguments)
     said = capsys.readouterr().out
-    for words in ("# Environment", "# Memory by device", "# Shared memory", "# Disk, an update", "# Ports", "torch 2"):
+    for words in (
+        "# Environment",
+        "# Memory by device",
+        "# Shared memory",
+        "# Disk, an update",
+        "record, for",
+        "# Ports",
+        "torch 2",
+    ):
         assert words in said
     (tmp_path / "model").mkdir()
     assert main(arguments) == 2

@@ -1,16 +1,17 @@
 """Several hosts, each a network namespace with an address of its own, torchrun between them: slow links, cut ones, four
-hosts, and a host that is gone."""
+hosts, and a host that is gone. The commands are those of docs/multi-node.md."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import sys
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import Popen
 
@@ -18,7 +19,8 @@ import pytest
 
 from flowrl.report.staleness_check import check_run
 from tests.integration.hosts import Host, hosts
-from tests.integration.runs import alive, finish, sessions, trained_updates, wait_until
+from tests.integration.runs import ROOT, alive, finish, sessions, trained_updates, wait_until
+from tests.integration.slurm import batch_job
 
 pytestmark = pytest.mark.timeout(400)
 PORT = 29517
@@ -27,14 +29,14 @@ END_S = 60
 """From a loss to the end of the run elsewhere: a node is lost after 10 s of silence, then workers get their grace."""
 
 
-def write_task(folder: Path, sockets: Path, steps: int) -> None:
+def write_task(folder: Path, sockets: Path, steps: int, pools: str = "") -> None:
     folder.mkdir()
     rows = [{"prompt": f"{a}+{a}=", "data_source": "s", "reward_model": {"ground_truth": str(a)}} for a in range(10)]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "my.py").write_text(
         "def score(data_source, solution_str, ground_truth, extra_info=None):\n    return 1.0\n"
     )
-    (folder / "mine.yaml").write_text(
+    (folder / "recipe.yaml").write_text(
         textwrap.dedent(f"""
             run: {{name: sums, session_dir: {sockets}}}
             model: {{path: model, init: {{layers: 1, hidden_size: 32, intermediate_size: 64}}}}
@@ -43,28 +45,43 @@ def write_task(folder: Path, sockets: Path, steps: int) -> None:
             rollout: {{max_tokens: 3, group_size: 4}}
             train: {{batch_groups: 8, steps: {steps}, learning_rate: 1e-3}}
             network: {{interface: eth0, trusted: true}}
+            {pools}
         """)
     )
 
 
-def torchrun(node: int, num_nodes: int, leader: Host, *overrides: str) -> list[str]:
-    """As in docs/multi-node.md. Disks are not shared: each host has its own copy of the task, at the same path as seen
-    from where the command starts, and keeps its own part of the record."""
-    return [
-        sys.executable, "-m", "torch.distributed.run", f"--nnodes={num_nodes}", "--nproc-per-node=1",
-        f"--node-rank={node}", f"--master-addr={leader.address}", f"--master-port={PORT}",
-        "-m", "flowrl", "run", "mine.yaml", *overrides,
+def torchrun(node: int, machines: list[Host], *overrides: str) -> list[str]:
+    """Disks are not shared: each host has its own copy of the task, at the same path as seen from where the command
+    starts, and keeps its own part of the record."""
+    leader = machines[0].address
+    meeting = [f"--node-rank={node}", f"--master-addr={leader}", f"--master-port={PORT}"]
+    return launcher(machines, meeting, *overrides)
+
+
+def torchrun_c10d(node: int, machines: list[Host], *overrides: str) -> list[str]:
+    """The nodes' numbers are then torchrun's to choose."""
+    meeting = [
+        "--rdzv-backend=c10d", f"--rdzv-endpoint={machines[0].address}:{PORT}", "--rdzv-id=sums",
+        f"--rdzv-conf=is_host={int(node == 0)}", f"--local-addr={machines[node].address}",
     ]  # fmt: skip
+    return launcher(machines, meeting, *overrides)
+
+
+def launcher(machines: list[Host], meeting: list[str], *overrides: str) -> list[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(machines)}", "--nproc-per-node=1"]
+    return [*torchrun, *meeting, "-m", "flowrl", "run", "recipe.yaml", *overrides]
 
 
 @contextlib.contextmanager
-def running(folder: Path, machines: list[Host], steps: int, *overrides: str) -> Iterator[list[Popen[str]]]:
+def running(
+    folder: Path, machines: list[Host], steps: int, launch: Callable[..., list[str]] = torchrun
+) -> Iterator[list[Popen[str]]]:
     with contextlib.ExitStack() as stack:
         processes = []
         for node, host in enumerate(machines):
             home = folder / f"host{node}"
             write_task(home, sessions(folder), steps)
-            arguments = torchrun(node, len(machines), machines[0], *overrides)
+            arguments = launch(node, machines)
             processes.append(stack.enter_context(host.started(arguments, home)))
         yield processes
 
@@ -74,8 +91,8 @@ def ends(processes: list[Popen[str]]) -> list[tuple[int, str]]:
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
-def record(folder: Path, node: int) -> Path:
-    return folder / f"host{node}" / "runs" / "sums"
+def record(folder: Path, node: int, name: str = "sums") -> Path:
+    return folder / f"host{node}" / "runs" / name
 
 
 def test_two_hosts_train_together_over_a_slow_link(tmp_path: Path) -> None:
@@ -95,22 +112,31 @@ def test_two_hosts_train_together_over_a_slow_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_stages_of_one_run_stand_on_four_hosts(tmp_path: Path) -> None:
-    """Training and rollout on two hosts, the other stages on the other two: every row crosses a wire."""
-    pools = "pools={train: {nodes: [0, 1]}, rollout: {nodes: [0, 1]}, cpu: {nodes: [2, 3]}}"
-    with hosts(4) as machines, running(tmp_path, machines, 3, pools) as processes:
-        for code, output in ends(processes):
-            assert code == 0, output
+def test_stages_of_one_run_stand_on_four_hosts_of_a_slurm_job(tmp_path: Path) -> None:
+    """Training and rollout on two hosts, the other stages on the other two: every row crosses a wire. The script is
+    the page's own."""
+    page = (ROOT / "docs" / "multi-node.md").read_text()
+    script = re.search(r"```sh\n(#!/bin/bash\n.*?)```", page, flags=re.DOTALL)
+    assert script is not None and "interface=ib0" in script[1] and "--nodes=4" in script[1]
+    pools = "pools: {train: {nodes: [0, 1]}, rollout: {nodes: [0, 1]}, cpu: {nodes: [2, 3]}}"
+    with hosts(4) as machines:
+        for node in range(4):
+            write_task(tmp_path / f"host{node}", sessions(tmp_path), 3, pools)
+        with batch_job(script[1].replace("=ib0", "=eth0"), machines, tmp_path) as job:
+            output = finish(job, START_S + END_S)
+    assert job.returncode == 0, output
     for node, stages in enumerate([{"train", "rollout"}] * 2 + [{"stages"}] * 2):
-        logs = {path.name.split(".")[0] for path in (record(tmp_path, node) / "logs").iterdir()}
+        logs = {path.name.split(".")[0] for path in (record(tmp_path, node, "job17") / "logs").iterdir()}
         assert logs == stages | {"queue"} | ({"relay"} if "train" in stages else set())
-    assert sum(check_run(record(tmp_path, node)).total("trained") for node in range(4)) == 3 * 32
+    assert sum(check_run(record(tmp_path, node, "job17")).total("trained") for node in range(4)) == 3 * 32
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["link", "host"])
-def test_a_cut_link_or_a_lost_host_ends_the_run_by_name_and_leaves_nothing(tmp_path: Path, loss: str) -> None:
-    with hosts(2) as machines, running(tmp_path, machines, 1_000_000) as processes:
+@pytest.mark.parametrize(("loss", "launch"), [("link", torchrun), ("host", torchrun_c10d)])
+def test_a_cut_link_or_a_lost_host_ends_the_run_by_name_and_leaves_nothing(
+    tmp_path: Path, loss: str, launch: Callable[..., list[str]]
+) -> None:
+    with hosts(2) as machines, running(tmp_path, machines, 1_000_000, launch) as processes:
         wait_until(lambda: trained_updates(record(tmp_path, 0)) > 2, START_S, "a few updates")
         survivors = machines[0].pids()
         lost_at = time.monotonic()
