@@ -87,3 +87,10 @@ def test_graph_draws_mermaid() -> None:
     done = flowrl("graph", QUICKSTART, "--mermaid")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("flowchart")
+
+
+def test_graph_says_who_shares_devices() -> None:
+    done = flowrl("graph", str(ROOT / "recipes" / "colocated.yaml"), "--nodes", "2")
+    assert done.returncode == 0, done.stderr
+    assert "rollout and train: colocated" in done.stdout
+    assert "  node 1: rollout.1.0 and train.1.0 take turns at cpu:0" in done.stdout
