@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import socket
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -77,10 +78,21 @@ def build(recipe: Recipe, num_nodes: int) -> Pipeline:
     if recipe.weights.transport == "shared_memory" and route.needs_relays:
         graph = Graph.of([*stages(recipe), RELAY_STAGE])
         workers = plan(graph, [*pools(recipe), Pool(name="relay", nodes=route.nodes)], num_nodes)
+    refuse_evaluation_elsewhere(recipe, workers)
     refuse_uneven_shares(recipe, sum(worker.worker == "rollout" for worker in workers))
     if sharing(workers, "rollout", "train"):
         refuse_what_cannot_alternate(recipe)
     return Pipeline(recipe, graph, workers)
+
+
+def refuse_evaluation_elsewhere(recipe: Recipe, workers: Sequence[WorkerPlan]) -> None:
+    """Evaluation takes directories. Where engines are sent weights without, one node's memory has to do."""
+    nodes = {plan.node for plan in workers if plan.worker in ("train", "evaluate")}
+    if recipe.weights.transport == "collective" and recipe.eval is not None and len(nodes) > 1:
+        raise ValueError(
+            f"weights.transport: 'collective'; evaluation reads the trainer's node's memory, and they are on nodes "
+            f"{sorted(nodes)}: set pools.train.nodes and pools.eval.nodes to one and the same, or eval to null"
+        )
 
 
 def stages(recipe: Recipe) -> list[Stage]:
@@ -227,13 +239,17 @@ def worker_settings(built: Pipeline, recipe_path: Path) -> dict[str, WorkerSetti
     settings: dict[str, WorkerSettings] = {}
     route = Route.of(built.workers)
     turns = sharing(built.workers, "rollout", "train")
+    peers = {
+        "engines": [plan.name for plan in built.workers if plan.worker == "rollout"],
+        "trainer_ranks": sum(plan.worker == "train" for plan in built.workers),
+    }
     for worker, members in built.graph.workers().items():
-        payload: dict[str, Any] = {"recipe": str(recipe_path), SHARING: turns} | route.payload()
+        payload: dict[str, Any] = {"recipe": str(recipe_path), SHARING: turns} | route.payload() | peers
         target = members[0].run
         if members[0].kind is Kind.MAPPED:
             target = EXECUTOR_TARGET
             payload["stages"] = [msgspec.to_builtins(stage) for stage in members]
-        if worker == RELAY_STAGE.name:
+        if worker in (RELAY_STAGE.name, "rollout"):
             payload["address"] = interface_address(built.recipe.network.interface)
         restart: Literal["always", "never"] = "never" if worker == "train" else "always"
         settings[worker] = {"target": target, "payload": payload, "restart": restart}
@@ -243,8 +259,9 @@ def worker_settings(built: Pipeline, recipe_path: Path) -> dict[str, WorkerSetti
 
 def most_engines(built: Pipeline) -> int:
     """That a node may have: as many as one likes on the host, one a device elsewhere. 0 where they cannot join or leave
-    a run: shares of an update are settled from its start, and who takes turns is."""
-    if hands_over_batches(built.recipe) or sharing(built.workers, "rollout", "train"):
+    a run: shares of an update are settled from its start, and so are who takes turns and to whom ranks send weights."""
+    is_collective = built.recipe.weights.transport == "collective"
+    if is_collective or hands_over_batches(built.recipe) or sharing(built.workers, "rollout", "train"):
         return 0
     pool = next(pool for pool in pools(built.recipe) if pool.name == "rollout")
     return MANY_ENGINES if pool.devices == (HOST_DEVICE,) else pool.workers
@@ -294,7 +311,7 @@ def _slow_modules(graph: Graph) -> tuple[str, ...]:
 def published_bytes(recipe: Recipe, route: Route) -> int:
     """What the versions kept on the node's tmpfs take, one more being written and one pinned. Where several nodes have
     trainer ranks, each keeps its part of versions beside what its relay has put together."""
-    if recipe.weights.transport == "disk":
+    if recipe.weights.transport == "disk" or (recipe.weights.transport == "collective" and recipe.eval is None):
         return 0
     written = recipe.weights.buffers + 1 if len(route.trainer) > 1 else 0
     num_versions = recipe.weights.buffers + 2 + written

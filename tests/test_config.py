@@ -26,6 +26,7 @@ QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
             "train.schedule: 'cosin'; must be one of constant, linear, cosine (did you mean 'cosine'?)",
         ),
         ("staleness.late=dorp", "staleness.late: 'dorp'"),
+        ("weights.timeout_s=0", "weights.timeout_s: 0.0; must be above 0"),
         ("staleness=3", "staleness: 3; must be a mapping"),
         ("staleness.max=-1", "staleness.max: -1; must be at least 0"),
         ("data.source=auto", "data.path: missing"),
@@ -53,6 +54,12 @@ def test_a_mistake_is_refused_with_field_value_and_rule(override: str, message: 
     with pytest.raises(ValueError) as error:
         load(QUICKSTART, [override])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("reader", ["rollout.engine=sglang", "algorithm.name=segment_ppo"])
+def test_readers_of_directories_are_refused_where_weights_lie_in_none(reader: str) -> None:
+    with pytest.raises(ValueError, match=rf"^weights\.transport: 'collective'; .*{reader.partition('.')[0]}"):
+        load(QUICKSTART, ["weights.transport=collective", reader])
 
 
 def test_a_missing_model_without_init_is_refused() -> None:

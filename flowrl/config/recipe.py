@@ -52,6 +52,7 @@ class Recipe:
         refuse_unsuitable_algorithm(self)
         check_reward_of_episodes(self)
         refuse_incomplete_shares(self)
+        refuse_readers_without_files(self)
         if self.run.determinism == "strict":
             refuse_what_is_not_deterministic(self)
         if self.network.interface != "lo" and not self.network.trusted:
@@ -90,6 +91,22 @@ def refuse_incomplete_shares(recipe: Recipe) -> None:
         raise ValueError(
             f"rollout.{name}: {value}; rollout.handover=batch and run.determinism=strict hand over shares that are "
             "settled from the start"
+        )
+
+
+def refuse_readers_without_files(recipe: Recipe) -> None:
+    """Under `weights.transport: collective` a version lies nowhere; whoever wants a directory gets none."""
+    if recipe.weights.transport != "collective":
+        return
+    if recipe.rollout.engine != "embedded":
+        raise ValueError(
+            f"weights.transport: 'collective'; rollout.engine={recipe.rollout.engine} takes weights as directories, "
+            "use shared_memory or disk"
+        )
+    if needs_segments(recipe):
+        raise ValueError(
+            "weights.transport: 'collective'; algorithm.loss=segment_ppo with staleness.max of 2 or more scores tokens "
+            "under published directories, use shared_memory or disk"
         )
 
 
@@ -142,6 +159,8 @@ def refuse_what_cannot_alternate(recipe: Recipe) -> None:
         raise ValueError(f"rollout.in_flight: 'keep'; {reason}: an engine frees its KV, so 'recompute' or 'abort'")
     if recipe.staleness.max > 0 and hands_over_batches(recipe):
         raise ValueError(f"rollout.handover: 'batch'; {reason}: a share would be interrupted at staleness.max above 0")
+    if recipe.weights.transport == "collective":
+        raise ValueError(f"weights.transport: 'collective'; {reason}, and send each other nothing: use shared_memory")
 
 
 def is_strict(recipe: Recipe) -> bool:

@@ -54,7 +54,7 @@ class ReplayedTraining(TrainStage):
                 self.update(recorded.number, trainer, NO_QUEUE, events)
                 if self._has_diverged(recorded):
                     break
-        self.publisher.export(self.context.run_dir / "model", writes=self.context.rank == 0)
+        self.publishing.export(self.context.run_dir / "model")
 
     def batch(self, queue: QueueClient, update: int) -> Iterator[Rows]:
         assert self._now is not None and self._now.number == update, f"update {update} is not the one to replay"

@@ -7,9 +7,10 @@ else may say so. It knows no prompts, rewards or queues.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -133,6 +134,19 @@ class Engine(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+Fill = Callable[[Mapping[str, Any]], None]
+"""Overwrites the tensors of a model's state, by name, in place."""
+
+
+class FillableEngine(Protocol):
+    """One that computes in this process, so that its weights can be written to."""
+
+    async def load_weights(self, path: Path | Fill, version: int, mode: PauseMode = PauseMode.KEEP) -> None:
+        """As `Engine.load_weights`. If a function raises an error after it has begun to write, the engine must be
+        restarted; that is for its caller to know."""
+        ...
 
 
 class EngineError(RuntimeError):

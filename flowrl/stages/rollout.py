@@ -15,7 +15,6 @@ import asyncio
 import dataclasses
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,9 +32,8 @@ from flowrl.rollout.episodes import Failure, Trajectory
 from flowrl.rollout.episodes.runner import EpisodeRunner
 from flowrl.rollout.scheduling.groups import first_to_end
 from flowrl.rollout.shares import Shares
+from flowrl.stages.sources import make_source
 from flowrl.stages.turns import EngineTurn
-from flowrl.weights.check import check_first_sync
-from flowrl.weights.store import reading
 from transfer_queue.async_client import AsyncQueueClient
 from transfer_queue.rows import Column, RowKey
 from transfer_queue.wire import Reservation
@@ -86,6 +84,7 @@ class RolloutStage:
         self.prompts = prompts
         self.episodes = episodes
         self.engine: Engine = episodes.serving(make_engine(recipe, context, prompts.longest))
+        self.source = make_source(context, recipe)
         self.sampling = SamplingParams(
             max_tokens=recipe.rollout.max_tokens,
             temperature=recipe.rollout.temperature,
@@ -127,6 +126,7 @@ class RolloutStage:
         finally:
             await queue.close()
             await self.engine.close()
+            self.source.close()
             self.episodes.close()
             self.events.close()
 
@@ -232,11 +232,9 @@ class RolloutStage:
                 news = published.get_nowait()
             if news["version"] <= self.engine.version:
                 continue
-            path, version = Path(news["path"]), news["version"]
             try:
-                with reading(path):
-                    async with self.takes_weights:
-                        await self.engine.load_weights(path, version, mode)
+                async with self.takes_weights:
+                    await self.source.load(self.engine, news, mode)
             except FileNotFoundError:
                 continue  # its turn has ended: a newer one has been announced
             await self._announce(queue)
@@ -264,25 +262,19 @@ class RolloutStage:
             news = await published.get()
             if news["version"] < least or not published.empty():
                 continue
-            path = Path(news["path"])
-            with suppress(FileNotFoundError), reading(path):
-                await self.engine.load_weights(path, news["version"], mode)
+            with suppress(FileNotFoundError):
+                await self.source.load(self.engine, news, mode)
 
     async def _start_engine(self, published: asyncio.Queue[dict[str, Any]]) -> None:
-        """On the first version that is still there, which is held while the engine reads it; where devices are shared,
-        on what the trainer has published last, for there will be no other before the engine has worked."""
+        """On the first version that is still there; where devices are shared, on what the trainer has published last,
+        for there will be no other before the engine has worked."""
         least = await self.turn.begin()
         while self.engine.version < 0:
             news = await published.get()
-            path, version = Path(news["path"]), news["version"]
-            if version < least:
+            if news["version"] < least:
                 continue
             try:
-                with reading(path):
-                    await self.engine.start(path, version)
-                    if self.recipe.weights.check_first_sync:
-                        scratch = self.context.session_dir / f"check-{self.context.name}"
-                        await check_first_sync(self.engine, path, version, scratch)
+                await self.source.start(self.engine, news)
             except FileNotFoundError:
                 continue
 

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 
@@ -31,7 +30,7 @@ from flowrl.config import Recipe, load
 from flowrl.config.recipe import hands_over_batches, is_strict
 from flowrl.determinism import fix_kernels
 from flowrl.replay.record import RECORD_DIR, Beginning, RecordWriter
-from flowrl.stages.relay import HOLDINGS_TOPIC, written_topic
+from flowrl.stages.publishing import Publishing
 from flowrl.stages.turns import RankTurn
 from flowrl.stages.warm_start import warm_start
 from flowrl.trainer import checkpoint
@@ -44,9 +43,6 @@ from flowrl.trainer.packing import samples_from_rows
 from flowrl.trainer.share import balanced_share
 from flowrl.trainer.update import PolicyTrainer
 from flowrl.trainer.world import World, join
-from flowrl.weights.place import Route, pin_of, written_root
-from flowrl.weights.publish import Publisher
-from flowrl.weights.store import WeightStore
 from transfer_queue.client import QueueClient
 from transfer_queue.rows import RowKey, Rows
 
@@ -90,28 +86,12 @@ class TrainStage:
             offload=recipe.train.offload,
             lora=recipe.model.lora,
         )
-        # One rank a node writes to the node's tmpfs; one in all to a directory that all nodes see.
-        writes = context.index == 0 and (recipe.weights.transport == "shared_memory" or context.rank == 0)
-        self.route = Route.from_payload(context.payload)
-        self.has_relays = recipe.weights.transport == "shared_memory" and self.route.needs_relays
-        root = written_root(recipe, context.session_dir, self.route)
-        self.publisher = Publisher(
-            self.policy.published,
-            Path(recipe.model.path),
-            WeightStore(root, recipe.weights.buffers) if writes else None,
-            recipe.model.dtype,
-            is_pooled=recipe.weights.transport == "shared_memory",
-            on_published=self.announce_version,
-        )
-        if recipe.weights.check_first_sync:
-            self.publisher.check_names()
+        self.publishing = Publishing(context, recipe, self.policy)
         self.checkpoints = checkpoint.CheckpointWriter(
             context.run_dir / "checkpoints", world, keep=recipe.run.checkpoints_kept
         )
-        self.events: EventLog | None = None
         self.record: RecordWriter | None = None
         self.turn: RankTurn | None = None
-        self.first_version = 0
         self.started = 0.0
         found, _ = recipe.algorithm.streaming(recipe.train.minibatches, recipe.train.epochs)
         self.streams = found is not Streaming.WAITS
@@ -125,13 +105,9 @@ class TrainStage:
 
     def train(self, events: EventLog, turn: RankTurn) -> None:
         trainer = self.begin()
-        self.first_version = trainer.step
-        if self.context.life and self.context.rank == 0 and self.recipe.weights.transport == "disk":
-            # An earlier life has left there what this one will publish.
-            root = written_root(self.recipe, self.context.session_dir, self.route)
-            WeightStore(root, self.recipe.weights.buffers).discard_newer_than(trainer.step - 1)
+        self.publishing.begin(trainer.step)
         queue = QueueClient(self.context.queue_endpoints, secret=self.context.queue_secret)
-        with queue, closing(self.publisher), self.recording(trainer), self.checkpoints:
+        with queue, closing(self.publishing), self.recording(trainer), self.checkpoints:
             self.publish(trainer.step, events)
             turn.give(trainer.step)
             try:
@@ -156,8 +132,8 @@ class TrainStage:
             self.started = time.monotonic() - extra["rl_s"]
             return trainer
         if recipe.warm_start is not None:
-            warm_start(self.context, recipe, self.policy, self.publisher, self.world)
-            self.publisher.export(run_dir / "warm_start", writes=self.context.rank == 0)
+            warm_start(self.context, recipe, self.policy, self.publishing.publisher, self.world)
+            self.publishing.export(run_dir / "warm_start")
         trainer = self.make_trainer(run_dir)
         if recipe.run.record and (recipe.warm_start is not None or recipe.algorithm.has_critic):
             checkpoint.save(run_dir / RECORD_DIR, trainer, self.world, extra={}, keep=1)
@@ -281,25 +257,7 @@ class TrainStage:
         return max(1, self.recipe.train.batch_groups // parts) * self.recipe.rollout.group_size
 
     def publish(self, version: int, events: EventLog) -> None:
-        """Makes the version visible to this node's engines, to its relay, or to all through a shared directory; if
-        readers hold all buffers, that comes later, and training goes on."""
-        self.events = events
-        node = self.context.node
-        is_whole = self.context.rank == 0 and (len(self.route.trainer) == 1 or not self.has_relays)
-        self.publisher.publish(version, pin=pin_of(self.recipe, version, node) if is_whole else "")
-        if version == self.first_version and self.context.rank == 0 and self.has_relays:
-            self.context.announce(HOLDINGS_TOPIC, msgspec.to_builtins(self.publisher.holdings(self.route.trainer)))
-
-    def announce_version(self, version: int, path: Path) -> None:
-        """The version is there to be read. Possibly in the publisher's own thread."""
-        if self.context.rank == 0:
-            assert self.events is not None, "announced before it was published"
-            self.events.write("published", version=version)
-        news = {"version": version, "path": str(path)}
-        if self.has_relays:
-            self.context.announce(written_topic(self.context.node), news)
-        if not self.has_relays or self.route.trainer == (self.context.node,):
-            self.context.announce("published", news, everywhere=self.recipe.weights.transport == "disk")
+        self.publishing.publish(version, events)
 
     def save(self, step: int, trainer: PolicyTrainer, queue: QueueClient, events: EventLog) -> None:
         every = self.recipe.run.checkpoint_every
@@ -321,7 +279,7 @@ class TrainStage:
 
     def finish(self, rl_s: float) -> None:
         """Leaves the trained model as a Hugging Face directory, and says that training is over."""
-        self.publisher.export(self.context.run_dir / "model", writes=self.context.rank == 0)
+        self.publishing.export(self.context.run_dir / "model")
         if self.context.rank:
             return
         steps = self.recipe.train.steps

@@ -22,8 +22,19 @@ _CHUNK_BYTES = 4 << 20
 _NUM_THREADS = min(4, len(os.sched_getaffinity(0)))
 
 
+class Place(NamedTuple):
+    """Elements of a module's tensor, all in a row, and the bytes [begin, end) of a file that they are, in what dtype.
+    `name` is the file's."""
+
+    name: str
+    target: torch.Tensor
+    begin: int
+    end: int
+    dtype: torch.dtype
+
+
 class _Copy(NamedTuple):
-    """Elements of a module's tensor, in a row, and where in which file they begin, in what dtype."""
+    """A part of a place, in one of the files."""
 
     target: torch.Tensor
     file: Path
@@ -50,34 +61,45 @@ def load_in_place(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
                 os.close(fd)
 
 
+def places(tensors: Mapping[str, torch.Tensor], slots: Mapping[str, Slot], where: object) -> list[Place]:
+    """Where the tensors of a version belong. slots: of all its files. Raises ValueError if names or shapes are not the
+    same on both sides."""
+    extents = extents_on_disk(tensors, {name: slot.kind for name, slot in slots.items()}, where)
+    scattered = [name for name in extents if not tensors[name].is_contiguous()]
+    if scattered:
+        raise ValueError(f"weights: {scattered[0]} does not lie in one piece in this model")
+    unknown = slots.keys() - {extent.name for found in extents.values() for extent in found} - tensors.keys()
+    if unknown:
+        raise ValueError(f"weights: {where} has {', '.join(sorted(unknown)[:5])}, which the model does not know")
+    return [
+        _place(tensors[name], extent.name, extent.begin, slots[extent.name])
+        for name, found in extents.items()
+        for extent in found
+    ]
+
+
+def _place(tensor: torch.Tensor, name: str, first: int, slot: Slot) -> Place:
+    """Of a tensor whose elements from `first` on are the one of that name."""
+    flat = tensor.detach().view(-1)[first : first + slot.kind.shape.numel()]
+    return Place(name, flat, slot.begin, slot.begin + slot.kind.num_bytes, slot.kind.dtype)
+
+
 def _copies(tensors: Mapping[str, torch.Tensor], path: Path) -> list[_Copy]:
     files = {file: read_slots(file) for file in sorted(path.glob("*.safetensors"))}
     for file, slots in files.items():
         end = max((slot.begin + slot.kind.num_bytes for slot in slots.values()), default=0)
         if file.stat().st_size < end:
             raise ValueError(f"weights: {file} has {file.stat().st_size} bytes, and {end} by its header")
-    where = {name: (slot, file) for file, slots in files.items() for name, slot in slots.items()}
-    extents = extents_on_disk(tensors, {name: slot.kind for name, (slot, _) in where.items()}, path)
-    scattered = [name for name in extents if not tensors[name].is_contiguous()]
-    if scattered:
-        raise ValueError(f"weights: {scattered[0]} does not lie in one piece in this model")
-    unknown = where.keys() - {extent.name for found in extents.values() for extent in found} - tensors.keys()
-    if unknown:
-        raise ValueError(f"weights: {path} has {', '.join(sorted(unknown)[:5])}, which the model does not know")
-    return [
-        copy
-        for name, found in extents.items()
-        for extent in found
-        for copy in _chunks(tensors[name].detach().view(-1)[extent.begin :], *where[extent.name])
-    ]
+    file_of = {name: file for file, slots in files.items() for name in slots}
+    every = {name: slot for slots in files.values() for name, slot in slots.items()}
+    return [copy for place in places(tensors, every, path) for copy in _chunks(place, file_of[place.name])]
 
 
-def _chunks(flat: torch.Tensor, slot: Slot, file: Path) -> Iterator[_Copy]:
-    itemsize, count = slot.kind.dtype.itemsize, slot.kind.shape.numel()
+def _chunks(place: Place, file: Path) -> Iterator[_Copy]:
+    itemsize = place.dtype.itemsize
     each = _CHUNK_BYTES // itemsize
-    for begin in range(0, count, each):
-        target = flat[begin : min(begin + each, count)]
-        yield _Copy(target, file, slot.begin + begin * itemsize, slot.kind.dtype)
+    for begin in range(0, len(place.target), each):
+        yield _Copy(place.target[begin : begin + each], file, place.begin + begin * itemsize, place.dtype)
 
 
 @torch.no_grad()

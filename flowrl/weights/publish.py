@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from flowrl.weights.buffers import WEIGHTS_FILE, create_file, has_leases, map_bytes
+from flowrl.weights.collective.writer import Collective, CollectiveWriter
 from flowrl.weights.names import extents_on_disk, kinds_on_disk
 from flowrl.weights.plan import Plan, chunk_rows, is_sharded, served_dtypes
 from flowrl.weights.pool import OnPublished
@@ -42,7 +43,8 @@ class Publisher:
 
     lm: the Hugging Face model, sharded or not. model_dir: the directory it came from. store: on the ranks that make
     versions visible, None on those that write to the store of the nearest rank before them which has one. is_pooled:
-    whether the store is in the memory of this node alone, where files can be reused. on_published: called on those
+    whether the store is in the memory of this node alone, where files can be reused. collective: instead of any store,
+    versions go straight to engines. on_published: called on those
     ranks when a version is there to be read, possibly by another thread, if readers held it up. `missing`: names that
     the directory has and the model does not, which a published version leaves out.
     """
@@ -55,6 +57,7 @@ class Publisher:
         dtype: str,
         *,
         is_pooled: bool = True,
+        collective: Collective | None = None,
         on_published: OnPublished = _ignore,
     ) -> None:
         on_disk = kinds_on_disk(model_dir)
@@ -78,6 +81,7 @@ class Publisher:
         self._companions = companions_of(model_dir)
         self._store = store
         self._is_pooled = is_pooled
+        self._collective = collective
         self._on_published = on_published
         self._writer: Writer | None = None
         self._publishers: list[int] = []
@@ -95,9 +99,9 @@ class Publisher:
         """
         if self._writer is None:
             self._writer = self._make_writer()
-        self._writer.open(version)
         error: Exception | None = None
         try:
+            self._writer.open(version)
             self._writer.write(self._locals())
         except (OSError, RuntimeError) as failure:
             error = failure
@@ -106,7 +110,7 @@ class Publisher:
         except Exception:
             self._writer.abandon()
             raise
-        return None if self._store is None else self._writer.commit(version, pin)
+        return self._writer.commit(version, pin)
 
     def holdings(self, nodes: Sequence[int]) -> Holdings:
         """What each node's ranks write, once something has been published. nodes: those of the ranks that have a store,
@@ -172,17 +176,19 @@ class Publisher:
 
     def _make_writer(self) -> Writer:
         """Ranks tell each other where they write; here plans that differ are found out."""
-        mine = None if self._store is None else (str(self._store.root), self._store.buffers)
+        mine = None if self._store is None else str(self._store.root)
         prints, places = zip(*self._ranks.gather_objects((self.plan.fingerprint, mine)), strict=True)
         differing = [rank for rank, fingerprint in enumerate(prints) if fingerprint != prints[0]]
         if differing:
             raise WeightsError(f"weights: ranks {differing} plan to write other bytes than rank 0; is it one model?")
         publishers = [rank for rank, place in enumerate(places) if place is not None]
+        if self._collective is not None:
+            return CollectiveWriter(self.plan, self._ranks.rank, self._collective, self._on_published)
         if not publishers or publishers[0] != 0:
             raise ValueError("weights: rank 0 has no store to publish to")
         self._publishers = publishers
         publisher = _publisher_of(self._ranks.rank, publishers)
-        root, buffers = places[publisher]
+        root = places[publisher]
         last = max(rank for rank in range(self._ranks.size) if _publisher_of(rank, publishers) == publisher)
         if self._store is not None:
             self._store.prepare()
@@ -195,7 +201,6 @@ class Publisher:
                 publisher,
                 last - publisher,
                 Path(root),
-                buffers,
                 self._store,
                 self._companions,
                 self._on_published,

@@ -70,14 +70,18 @@ class TensorFileLayout:
 def read_slots(path: Path) -> dict[str, Slot]:
     """What the header of one safetensors file says. Raises ValueError for a dtype that is not known here."""
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        entries = json.loads(file.read(length))
+        length = file.read(8)
+        return slots_of(length + file.read(int.from_bytes(length, "little")), str(path))
+
+
+def slots_of(header: bytes, where: str = "weights") -> dict[str, Slot]:
+    """What a header says, its length included. Raises ValueError for a dtype that is not known here."""
     slots = {}
-    for name, entry in entries.items():
+    for name, entry in json.loads(header[8:]).items():
         if name == "__metadata__":
             continue
         if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: {name!r} has dtype {entry['dtype']}; must be one of {', '.join(DTYPES)}")
+            raise ValueError(f"{where}: {name!r} has dtype {entry['dtype']}; must be one of {', '.join(DTYPES)}")
         kind = Kind(torch.Size(entry["shape"]), DTYPES[entry["dtype"]])
-        slots[name] = Slot(kind, 8 + length + entry["data_offsets"][0])
+        slots[name] = Slot(kind, len(header) + entry["data_offsets"][0])
     return slots

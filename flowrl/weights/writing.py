@@ -1,7 +1,7 @@
 """Getting a rank's pieces of a version into the version's file. Every rank has one writer; no tensor is gathered.
 
 `PooledWriter` writes to buffers in shared memory that all ranks of a node have mapped; `FileWriter` to a new file in a
-directory that all ranks see. Calls come in this order: open, write, then commit (or abandon) on the one that publishes.
+directory that all ranks see. Calls come in this order: open, write, then commit or abandon.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Writer(Protocol):
         ...
 
     def commit(self, version: int, pin: str) -> Path | None:
-        """On the rank that publishes, after all have written."""
+        """On every rank, after all have written. The path on those that publish, if it is visible already."""
         ...
 
     def abandon(self) -> None:
@@ -51,7 +51,7 @@ class Writer(Protocol):
 
 
 class PooledWriter:
-    """root, buffers: of the node's store. store: on the rank that publishes on this node, None on its peers."""
+    """root: of the node's store. store: on the rank that publishes on this node, None on its peers."""
 
     def __init__(
         self,
@@ -60,16 +60,13 @@ class PooledWriter:
         publisher: int,
         num_peers: int,
         root: Path,
-        buffers: int,
         store: WeightStore | None,
         companions: Sequence[Path],
         on_published: OnPublished,
     ) -> None:
         self._pieces = plan.pieces(ranks.rank)
         self._touched = [(piece.begin, piece.end) for piece in self._pieces]
-        self._ranks = ranks
         self._publisher = publisher
-        self._num_keys = buffers + 2
         self._pool = None if store is None else BufferPool(store, plan.layout, companions, on_published)
         self._views: dict[int, list[torch.Tensor]] = {}
         self._buffer: Buffer | None = None
@@ -79,31 +76,33 @@ class PooledWriter:
         self._borrower = None if self._pool else Borrower(root, _LENDING_TIMEOUT_S)
 
     def open(self, version: int) -> None:
-        error: OSError | None = None
-        word: list[int] = []
-        if self._pool is not None:
-            try:
-                self._buffer = self._pool.begin()
-                word = [0, self._buffer.key, *self._pool.live_keys()]
-            except OSError as failure:
-                error, word = failure, [1]
-        words = self._ranks.gather_numbers(word + [-1] * (2 + self._num_keys - len(word)))
-        failed = [rank for rank, (code, *_) in enumerate(words) if code == 1]
-        if failed:
-            self.abandon()
-            raise error or WeightsError(f"version {version}: ranks {failed} have no room for it; see their logs")
-        _, self._key, *live = words[self._publisher]
-        self._views = {key: views for key, views in self._views.items() if key in live}
-        if self._key not in self._views:
-            file = self._map()
-            self._views[self._key] = [_view(file, piece) for piece in self._pieces]
+        if self._pool is None:
+            assert self._borrower is not None, "either the pool's owner or one of its peers"
+            lent = self._borrower.receive(self._touched)
+            if lent is None:
+                raise WeightsError(f"version {version}: rank {self._publisher} has no room for it; see its log")
+            self._keep(lent.key, lent.live, lent.file)
+            return
+        self._buffer = None
+        try:
+            self._buffer = self._pool.begin()
+        except OSError:
+            if self._lender is not None:
+                self._lender.refuse()
+            raise
+        live = self._pool.live_keys()
+        if self._lender is not None:
+            self._lender.send(self._buffer.key, live, self._buffer.fd)
+        self._keep(self._buffer.key, live, self._buffer.bytes)
 
     def write(self, tensors: Locals) -> None:
         for piece, view in zip(self._pieces, self._views[self._key], strict=True):
             view.copy_(tensors[piece.name])
 
     def commit(self, version: int, pin: str) -> Path | None:
-        assert self._pool is not None and self._buffer is not None, "only the rank that publishes commits"
+        if self._pool is None:
+            return None
+        assert self._buffer is not None, "opened before"
         return self._pool.commit(self._buffer, version, pin)
 
     def abandon(self) -> None:
@@ -121,13 +120,13 @@ class PooledWriter:
             if end is not None:
                 end.close()
 
-    def _map(self) -> torch.Tensor:
-        if self._borrower is not None:
-            return self._borrower.receive(self._touched)
-        assert self._buffer is not None
-        if self._lender is not None:
-            self._lender.send(self._buffer.fd)
-        return self._buffer.bytes
+    def _keep(self, key: int, live: Sequence[int], file: torch.Tensor | None) -> None:
+        """Views of this rank's pieces in each buffer that lives; they are made once."""
+        self._key = key
+        self._views = {other: views for other, views in self._views.items() if other in live}
+        if key not in self._views:
+            assert file is not None, "a buffer that is new here comes with its file"
+            self._views[key] = [_view(file, piece) for piece in self._pieces]
 
 
 class FileWriter:
@@ -174,7 +173,8 @@ class FileWriter:
             os.close(fd)
 
     def commit(self, version: int, pin: str) -> Path | None:
-        assert self._store is not None, "only the rank that publishes commits"
+        if self._store is None:
+            return None
         path = self._store.path(version)
         if path.exists():
             self.abandon()

@@ -37,6 +37,20 @@ def test_weights_can_go_by_a_directory_on_disk(tmp_path: Path) -> None:
     assert list((tmp_path / "weights" / "small").glob("v*/model.safetensors"))
 
 
+def test_weights_can_go_straight_into_engines(tmp_path: Path) -> None:
+    """Two trainer ranks, two engines, checked at the first synchronisation; versions lie nowhere but where evaluation
+    takes them."""
+    run, _ = ran(
+        tmp_path, "weights.transport=collective", "pools.train.workers=2", "pools.rollout.workers=2",
+        "eval={every: 3, limit: 20}",
+    )  # fmt: skip
+    log = events(run)
+    versions = {version for event in log if event["kind"] == "sampled" for version, _ in event["versions"]}
+    assert len(versions) > 2 and {event["version"] for event in log if event["kind"] == "published"} == set(range(7))
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["accuracy_after"] is not None
+
+
 @pytest.mark.slow
 def test_late_rows_can_be_dropped_and_kv_recomputed_in_bfloat16(tmp_path: Path) -> None:
     ran(

@@ -5,10 +5,15 @@ Ranks meet at a file; FSDP2 shards; rank 0 has the store. What each case leaves 
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import threading
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +22,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from flowrl.weights.collective.giver import Terms
+from flowrl.weights.collective.writer import Collective
 from flowrl.weights.publish import Publisher
 from flowrl.weights.store import WeightStore
 from tests.weights.versions import WORDS
@@ -125,6 +132,52 @@ def differing_case(rank: int, size: int, model_dir: Path, out: Path) -> None:
         publisher.publish(0)
     except RuntimeError as error:
         (out / f"error-{rank}").write_text(str(error))
+
+
+def engines_in(out: Path, meet: Callable[[dict[str, Any]], None]) -> None:
+    """Calls `meet` for each file `engine-*.json` that appears, from a thread that lives as long as the process."""
+    seen = set[Path]()
+
+    def look() -> None:
+        while True:
+            for path in set(out.glob("engine-*.json")) - seen:
+                seen.add(path)
+                meet(json.loads(path.read_text()))
+            time.sleep(0.01)
+
+    threading.Thread(target=look, daemon=True).start()
+
+
+def collective_case(rank: int, size: int, model_dir: Path, out: Path) -> None:
+    """Publishes to engines without any file, a version whenever a file `go-N` appears; ends with `end`."""
+    lm = sharded(model_dir, size)
+    terms = Terms(torch.device("cpu"), "", float(os.environ.get("TIMEOUT_S", "20")))
+    publisher = Publisher(
+        lm,
+        model_dir,
+        None,
+        "bfloat16",
+        collective=Collective(terms, lambda meet: engines_in(out, meet)),
+        on_published=lambda version, path: (out / f"published-{version}").touch(),
+    )
+    version = 0
+    publisher.publish(version)
+    while not (out / "end").exists():
+        if not (out / f"go-{version + 1}").exists():
+            time.sleep(0.005)
+            continue
+        version += 1
+        with torch.no_grad():
+            for parameter in lm.parameters():
+                parameter.mul_(1.5)
+        started = time.monotonic()
+        publisher.publish(version)
+        (out / f"pause-{version}-{rank}").write_text(str(time.monotonic() - started))
+        state = {name: tensor.to(torch.bfloat16) for name, tensor in publisher.full_state().items()}
+        if rank == 0:
+            save_file(state, out / "gathered.new")
+            (out / "gathered.new").rename(out / f"gathered-{version}.safetensors")
+    publisher.close()
 
 
 class Words(nn.Module):

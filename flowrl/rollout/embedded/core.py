@@ -20,7 +20,7 @@ from flowrl.rollout.embedded.runner import Runner
 from flowrl.rollout.embedded.sampling import penalise, sample, stream_keys, uniforms
 from flowrl.rollout.embedded.slots import SlotTable
 from flowrl.rollout.embedded.waiting import Sequence, WaitingQueue
-from flowrl.rollout.engine import FinishReason, GenerateRequest, Generation, PauseMode
+from flowrl.rollout.engine import Fill, FinishReason, GenerateRequest, Generation, PauseMode
 from flowrl.rollout.stop_strings import Decode, ends_in_stop, load_decode
 
 Finished = tuple[str, Generation]
@@ -129,13 +129,16 @@ class EmbeddedCore:
         everyone = np.arange(self._slots.num_active)
         self._waiting.put_back(self._slots.remove(everyone)[0])
 
-    def load(self, source: Path | Mapping[str, Tensor], version: int, mode: PauseMode) -> list[Finished]:
-        """Replaces the weights, by a directory's or by tensors named as in the model's state. ABORT: what was ended by
-        it. EngineError, with nothing changed, if they do not fit the model."""
+    def load(self, source: Path | Fill | Mapping[str, Tensor], version: int, mode: PauseMode) -> list[Finished]:
+        """Replaces the weights, by a directory's, by a function's, or by tensors named as in the model's state. ABORT:
+        what was ended by it. EngineError, with nothing changed, if they do not fit the model; a function's own errors.
+        """
         if isinstance(source, Mapping):
             weights.replace(self._model, source, "the state given")
+        elif callable(source):
+            source(self._model.state_dict(keep_vars=True))
         else:
-            weights.replace_from_directory(self._model, Path(source))
+            weights.replace_from_directory(self._model, source)
         self.version = version
         self._waiting.forget_progress()
         if mode is PauseMode.RECOMPUTE:

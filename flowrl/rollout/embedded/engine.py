@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from flowrl.rollout.embedded.core import EmbeddedCore, Finished
-from flowrl.rollout.engine import Capabilities, EngineError, GenerateRequest, Generation, PauseMode, check_lendable
+from flowrl.rollout.engine import (
+    Capabilities,
+    EngineError,
+    Fill,
+    GenerateRequest,
+    Generation,
+    PauseMode,
+    check_lendable,
+)
 
 Action = Callable[[], None]
 
@@ -124,8 +132,9 @@ class EmbeddedEngine:
         self._running()
         await self._order(self._leave_pause)
 
-    async def load_weights(self, path: Path, version: int, mode: PauseMode = PauseMode.KEEP) -> None:
-        """Weights that do not fit the model are refused, and the engine goes on with those it has."""
+    async def load_weights(self, path: Path | Fill, version: int, mode: PauseMode = PauseMode.KEEP) -> None:
+        """Weights that do not fit the model are refused, and the engine goes on with those it has. See
+        `FillableEngine` for a function in place of a directory."""
         await self._load(path, version, mode)
 
     async def load_state(self, state: Mapping[str, Tensor], version: int, mode: PauseMode = PauseMode.KEEP) -> None:
@@ -155,7 +164,7 @@ class EmbeddedEngine:
             self._thread = None
             self._core = None
 
-    async def _load(self, source: Path | Mapping[str, Tensor], version: int, mode: PauseMode) -> None:
+    async def _load(self, source: Path | Fill | Mapping[str, Tensor], version: int, mode: PauseMode) -> None:
         core, _ = self._running()
         self._submit_arrivals()
 

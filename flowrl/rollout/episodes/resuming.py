@@ -12,10 +12,20 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
-from flowrl.rollout.engine import Capabilities, Engine, FinishReason, GenerateRequest, Generation, PauseMode
+from flowrl.rollout.engine import (
+    Capabilities,
+    Engine,
+    Fill,
+    FillableEngine,
+    FinishReason,
+    GenerateRequest,
+    Generation,
+    PauseMode,
+)
 
 
 class ResumingEngine:
@@ -72,13 +82,14 @@ class ResumingEngine:
         await self.engine.resume()
         self._is_open.set()
 
-    async def load_weights(self, path: Path, version: int, mode: PauseMode = PauseMode.KEEP) -> None:
-        """Those that are aborted wait until the new weights are there."""
+    async def load_weights(self, path: Path | Fill, version: int, mode: PauseMode = PauseMode.KEEP) -> None:
+        """Those that are aborted wait until the new weights are there. A `Fill` only for an engine that takes it."""
+        engine = cast("FillableEngine", self.engine)
         if mode is not PauseMode.ABORT or not self._is_open.is_set():
-            return await self.engine.load_weights(path, version, mode)
+            return await engine.load_weights(path, version, mode)
         self._is_open.clear()
         try:
-            await self.engine.load_weights(path, version, mode)
+            await engine.load_weights(path, version, mode)
         finally:
             self._is_open.set()
 

@@ -1,0 +1,202 @@
+"""Versions straight from trainer ranks into engines, each a process, over gloo; and what becomes of the dead."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from flowrl.weights.collective.rounds import Rounds, cut
+from flowrl.weights.collective.staging import Staging
+from flowrl.weights.loading import Place
+from tests.weights.test_ranks import ROOT, ranks_dir, start
+
+__all__ = ["ranks_dir"]
+NUM_RANKS = 2
+
+pytestmark = pytest.mark.timeout(120)
+
+
+class Party:
+    """Trainer ranks and engines that share a directory."""
+
+    def __init__(self, model_dir: Path, out: Path, timeout_s: float) -> None:
+        self.out = out
+        self._environment = {"TIMEOUT_S": str(timeout_s)}
+        self.ranks = start("collective", NUM_RANKS, model_dir, out, **self._environment)
+        self.engines: list[subprocess.Popen[str]] = []
+
+    def engine(self, name: str, how: str = "follow") -> subprocess.Popen[str]:
+        arguments = [sys.executable, "-m", "tests.weights.engine_process", name, str(NUM_RANKS), str(self.out), how]
+        environment = os.environ | self._environment | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+        engine = subprocess.Popen(arguments, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        self.engines.append(engine)
+        return engine
+
+    def publish(self, version: int) -> None:
+        (self.out / f"go-{version}").touch()
+        self.wait(self.out / f"gathered-{version}.safetensors")
+
+    def wait(self, path: Path) -> None:
+        deadline = time.monotonic() + 60
+        while not path.exists():
+            assert time.monotonic() < deadline, f"waited for {path.name}; there is {sorted(os.listdir(self.out))}"
+            time.sleep(0.005)
+
+    def assert_served(self, name: str, version: int) -> None:
+        self.wait(self.out / f"served-{name}-{version}.safetensors")
+        served = load_file(self.out / f"served-{name}-{version}.safetensors")
+        gathered = load_file(self.out / f"gathered-{version}.safetensors")
+        assert served.keys() == gathered.keys()
+        assert all(torch.equal(served[key], tensor) for key, tensor in gathered.items())
+
+    def end(self) -> dict[str, tuple[int, str]]:
+        """Exit code and what was said, of each process."""
+        (self.out / "end").touch()
+        names = [f"rank {rank}" for rank in range(NUM_RANKS)] + [f"engine {at}" for at in range(len(self.engines))]
+        found = {}
+        for name, process in zip(names, [*self.ranks, *self.engines], strict=True):
+            errors = process.communicate(timeout=60)[1]
+            found[name] = process.returncode, errors
+        return found
+
+
+@contextmanager
+def party(model_dir: Path, out: Path, timeout_s: float = 20.0) -> Iterator[Party]:
+    opened = Party(model_dir, out, timeout_s)
+    try:
+        yield opened
+    finally:
+        for process in (*opened.ranks, *opened.engines):
+            process.kill()
+            process.communicate()
+
+
+def test_engines_receive_what_a_gather_would_give(ranks_dir: Path, tmp_path: Path) -> None:
+    """Two at once, one of which corrupts, receives and compares first, and one that comes late."""
+    with party(ranks_dir, tmp_path) as given:
+        given.engine("a"), given.engine("b", "check")
+        for name in "ab":
+            given.wait(tmp_path / f"served-{name}-0.safetensors")
+        for version in (1, 2, 3):
+            given.publish(version)
+            for name in "ab":
+                given.assert_served(name, version)
+        given.engine("late")
+        given.assert_served("late", 3)
+        given.publish(4)
+        for name in ("a", "b", "late"):
+            given.assert_served(name, 4)
+        assert all(code == 0 for code, _ in given.end().values()), given.end()
+
+
+def test_engine_that_dies_or_hangs_is_named_and_holds_nobody_up(ranks_dir: Path, tmp_path: Path) -> None:
+    with party(ranks_dir, tmp_path, timeout_s=3.0) as given:
+        given.engine("a")
+        given.wait(tmp_path / "served-a-0.safetensors")
+        given.engine("dies", "die-0")
+        given.engine("hangs", "hang-1")
+        given.wait(tmp_path / "served-hangs-0.safetensors")
+        for version in range(1, 6):
+            given.publish(version)
+        assert max(float(path.read_text()) for path in tmp_path.glob("pause-*")) < 2.0, "the trainer has waited"
+        given.assert_served("a", 5)
+        given.engine("dies")  # as its controller would start it again
+        given.assert_served("dies", 5)
+        given.engines[2].kill()
+        found = given.end()
+        for rank in range(NUM_RANKS):
+            code, said = found[f"rank {rank}"]
+            assert code == 0
+            assert "engine dies gets no more from rank" in said and "engine hangs gets no more from rank" in said
+
+
+def test_engine_names_a_trainer_rank_that_has_died(ranks_dir: Path, tmp_path: Path) -> None:
+    with party(ranks_dir, tmp_path, timeout_s=3.0) as given:
+        engine = given.engine("a")
+        given.wait(tmp_path / "served-a-0.safetensors")
+        given.ranks[1].kill()
+        given.ranks[1].wait()
+        (tmp_path / "published-1").touch()
+        _, said = engine.communicate(timeout=30)
+        assert engine.returncode != 0 and "PeerLost: trainer ranks [0] did not answer for version 1" in said
+
+
+ranges = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 40)), min_size=1, max_size=6)
+
+
+@given(st.lists(ranges, min_size=1, max_size=5), st.integers(1, 200))
+def test_rounds_carry_every_byte_once_to_where_it_belongs(dealt: list, bucket_bytes: int) -> None:
+    """Ranks own alternating stretches of a file of 8-byte elements; what lands, put together, is the file."""
+    streams: list[list[tuple[int, int]]] = [[] for _ in dealt]
+    at = 0
+    for step in range(6):
+        for rank, lengths in enumerate(dealt):
+            if step < len(lengths):
+                streams[rank].append((at, at + 8 * lengths[step][1]))
+                at += 8 * lengths[step][1]
+    file = torch.arange(at // 8, dtype=torch.int64)
+    target = torch.zeros_like(file)
+    bounds = [0, *range(5, at // 8, 7), at // 8]
+    places = [
+        Place(f"t{first}", target[first:after], 8 * first, 8 * after, torch.int64)
+        for first, after in pairwise(bounds)
+        if first < after
+    ]
+    rounds = Rounds(streams, bucket_bytes)
+    rounds.refuse_gaps(0, at)
+    for round_ in range(rounds.count):
+        for rank, owned in enumerate(streams):
+            begin, end = rounds.part(rank, round_)
+            assert end - begin <= rounds.each
+            part = torch.cat([file[a // 8 : b // 8] for a, b in cut(owned, begin, end)] or [file[:0]]).view(torch.uint8)
+            for landing in rounds.landings(rank, round_, places):
+                landing.target.copy_(part[landing.begin : landing.end].view(landing.dtype))
+    assert torch.equal(target, file)
+
+
+def test_streams_with_a_gap_are_refused() -> None:
+    with pytest.raises(ValueError, match="byte 8 of a version is sent by no rank"):
+        Rounds([[(0, 8)], [(16, 24)]], 64).refuse_gaps(0, 24)
+    with pytest.raises(ValueError, match="ranks send 24 bytes of a version that has 32"):
+        Rounds([[(0, 8)], [(8, 24)]], 64).refuse_gaps(0, 32)
+
+
+def test_trainer_finds_a_buffer_whatever_engines_hold() -> None:
+    """And what an engine holds keeps its bytes."""
+    staging = Staging(4, torch.device("cpu"), arbitrates=True)
+    held = None
+    for version in range(10):
+        staged = staging.open()
+        staged.bytes.fill_(version)
+        staging.show(staged, version)
+        if version == 3:
+            held = staging.hold(3, lambda: False)
+    assert held is not None and held.bytes.eq(3).all()
+    assert staging.hold(7, lambda: False) is None, "overwritten"
+    staging.let_go(held)
+    newest = staging.hold(9, lambda: False)
+    assert newest is not None and newest.bytes.eq(9).all()
+
+
+def test_rank_zero_lets_engines_hold_one_version_at_a_time() -> None:
+    staging = Staging(4, torch.device("cpu"), arbitrates=True)
+    for version in (0, 1):
+        staging.show(staging.open(), version)
+    held = staging.hold(0, lambda: False)
+    assert held is not None
+    asked: list[int] = []
+    assert staging.hold(1, lambda: len(asked) > 2 or bool(asked.append(1))) is None, "parked until it was over"
+    staging.let_go(held)
+    assert staging.hold(1, lambda: False) is not None
