@@ -31,7 +31,7 @@ from flowrl.config.recipe import (
 )
 from flowrl.record.lives import Life
 from flowrl.stages.turns import SHARING
-from flowrl.weights.place import Route, serving_bytes
+from flowrl.weights.place import Route, version_bytes
 
 SIOCGIFADDR = 0x8915
 MANY_ENGINES = 1024
@@ -315,7 +315,7 @@ def published_bytes(recipe: Recipe, route: Route) -> int:
         return 0
     written = recipe.weights.buffers + 1 if len(route.trainer) > 1 else 0
     num_versions = recipe.weights.buffers + 2 + written
-    return num_versions * serving_bytes(Path(recipe.model.path), recipe.model.dtype)
+    return num_versions * version_bytes(recipe)
 
 
 def fingerprint(recipe: Recipe) -> str:

@@ -36,8 +36,9 @@ class ModelInitConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """Train adapters of this rank and nothing else. alpha: the adapters' product counts alpha/rank times. targets: the
-    last parts of the names of linear modules in the layers (`q_proj`); null for all. seed: of the first values."""
+    """Train adapters of this rank and nothing else. Embedded engines are sent the adapters alone and merge them; SGLang
+    and weights.transport=collective get merged weights. alpha: the adapters' product counts alpha/rank times. targets:
+    the last parts of the names of linear modules in the layers (`q_proj`); null for all. seed: of the first values."""
 
     rank: int = 16
     alpha: float = 32.0
@@ -56,7 +57,7 @@ class LoRAConfig:
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """path: a Hugging Face directory. dtype: what engines are served; the trainer keeps float32 masters. lora: train
-    low-rank adapters; engines are served the merged weights."""
+    low-rank adapters."""
 
     path: str
     dtype: str = "float32"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from controllers.placement import WorkerPlan
 from flowrl.config import Recipe
 from flowrl.doctor.shape import ModelShape
+from flowrl.weights.place import publishes_adapters, version_bytes
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 PROCESS_BYTES = {"torch": 450 << 20, "light": 60 << 20}
@@ -64,12 +65,14 @@ def trainer_memory(plan: WorkerPlan, recipe: Recipe, shape: ModelShape) -> list[
     is_sharded = plan.world_size > 1 or train.compute_dtype != "float32"
     gathered = shape.parameters * (compute + 4) if is_sharded else 0
     tokens = train.micro_batch_tokens
+    is_collective, staged = recipe.weights.transport == "collective", -(-_serving(recipe, shape) // plan.world_size)
     width = ACTIVATIONS_PER_LAYER * shape.hidden + INTERMEDIATE_TENSORS * shape.intermediate
     return [
         Need("masters, gradients and Adam's moments, float32", 16 * share, True),
         *([Need("parameters and gradients, gathered for an update", gathered, True)] if gathered else []),
         Need(f"activations of a micro-batch of {tokens} tokens", tokens * shape.layers * width * compute, False),
         Need("logits, in pieces", min(LOGITS_BYTES, 2 * tokens * shape.vocabulary * 4), False),
+        *([Need("two versions of its shard, for engines", 2 * staged, True)] if is_collective else []),
     ]
 
 
@@ -90,7 +93,8 @@ def engine_memory(recipe: Recipe, shape: ModelShape, batch: int) -> list[Need]:
 def shared_memory(recipe: Recipe, shape: ModelShape) -> list[Need]:
     """Of a node: what lies in its session directory, and the rows of its shard."""
     versions = recipe.weights.buffers + 2
-    published = [Need(f"{versions} published versions of the weights", versions * _serving(recipe, shape), True)]
+    what = "adapters" if publishes_adapters(recipe) else "weights"
+    published = [Need(f"{versions} published versions of the {what}", versions * _version(recipe, shape), True)]
     rows = Need("rows of the queue's shard, at most (queue.byte_limit_mb)", recipe.queue.byte_limit_mb << 20, True)
     return [*(published if recipe.weights.transport == "shared_memory" else []), rows]
 
@@ -124,12 +128,17 @@ def disk_in_all(recipe: Recipe, shape: ModelShape) -> list[Need]:
     ]
     if recipe.weights.transport == "disk":
         versions = recipe.weights.buffers + 2
-        needs.append(Need(f"{versions} published versions (weights.dir)", versions * _serving(recipe, shape), True))
+        needs.append(Need(f"{versions} published versions (weights.dir)", versions * _version(recipe, shape), True))
     return needs
 
 
 def process_bytes(plan: WorkerPlan) -> int:
     return PROCESS_BYTES["light" if plan.worker == "queue" else "torch"]
+
+
+def _version(recipe: Recipe, shape: ModelShape) -> int:
+    """Of one published version."""
+    return version_bytes(recipe) if publishes_adapters(recipe) else _serving(recipe, shape)
 
 
 def _serving(recipe: Recipe, shape: ModelShape) -> int:

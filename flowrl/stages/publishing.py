@@ -18,14 +18,15 @@ from flowrl.stages.relay import HOLDINGS_TOPIC, written_topic
 from flowrl.stages.sources import engine_topic, terms_of
 from flowrl.trainer.model import Policy
 from flowrl.weights.collective.writer import Collective
-from flowrl.weights.place import Route, is_evaluated, pin_of, weights_root, written_root
+from flowrl.weights.form import Form
+from flowrl.weights.place import Route, is_evaluated, pin_of, publishes_adapters, weights_root, written_root
 from flowrl.weights.publish import Publisher
 from flowrl.weights.store import WeightStore
 
 
 class Publishing:
-    """Of one trainer rank. `publisher` makes versions for engines; where those go without files, `shelf` makes the ones
-    that evaluation takes."""
+    """Of one trainer rank. `publisher` makes versions for engines, of adapters alone where that will do; where engines
+    get theirs without files, `shelf` makes the ones that evaluation takes."""
 
     def __init__(self, context: WorkerContext, recipe: Recipe, policy: Policy) -> None:
         self._context = context
@@ -38,9 +39,19 @@ class Publishing:
         self._events: EventLog | None = None
         self._has_published = False
 
+        self._policy = policy
+        self._is_adapter = publishes_adapters(recipe)
+
         def make(root: Path, writes: bool, **settings: Any) -> Publisher:
             store = WeightStore(root, recipe.weights.buffers) if writes else None
-            return Publisher(policy.published, Path(recipe.model.path), store, recipe.model.dtype, **settings)
+            model_dir = Path(recipe.model.path)
+            if not self._is_adapter:
+                return Publisher(policy.published, model_dir, store, recipe.model.dtype, **settings)
+            from flowrl.trainer.lora import AdapterModel, adapter_config  # peft is an extra
+
+            adapters = AdapterModel(policy.lm)
+            form = Form.of_adapters(adapters.state_dict(), adapter_config(policy.lm, model_dir), model_dir)
+            return Publisher(adapters, model_dir, store, "float32", form=form, **settings)
 
         # One rank a node writes to the node's tmpfs; one in all to a directory that all nodes see.
         writes = context.index == 0 and (self._is_local or context.rank == 0) and transport != "collective"
@@ -52,7 +63,7 @@ class Publishing:
                 self.shelf = make(weights_root(recipe, context.session_dir), context.rank == 0)
         else:
             self.publisher = make(self._root, writes, is_pooled=self._is_local, on_published=self._announce)
-        if recipe.weights.check_first_sync:
+        if recipe.weights.check_first_sync and not self._is_adapter:  # adapters come from no checkpoint
             self.publisher.check_names()
 
     def begin(self, version: int) -> None:
@@ -64,6 +75,8 @@ class Publishing:
         """On every rank. Makes the version visible to this node's engines, to its relay, or to all; if readers hold up
         all buffers, that comes later, and training goes on."""
         self._events = events
+        if not self._is_adapter:
+            self._policy.refresh_published()
         pin = pin_of(self._recipe, version, self._context.node) if self._context.rank == 0 else ""
         if self.shelf is not None and is_evaluated(self._recipe, version):
             self.shelf.publish(version, pin=pin)
@@ -73,9 +86,17 @@ class Publishing:
             self._context.announce(HOLDINGS_TOPIC, msgspec.to_builtins(self.publisher.holdings(self._route.trainer)))
         self._has_published = True
 
+    def whole(self) -> Publisher:
+        """On every rank: of models that depend on nothing else, as they are now. Makes no versions."""
+        recipe = self._recipe
+        published = self._policy.published
+        if not self._is_adapter:
+            return self.publisher
+        return Publisher(published, Path(recipe.model.path), None, recipe.model.dtype)
+
     def export(self, path: Path) -> None:
         """On every rank: a Hugging Face directory, in the run's."""
-        self.publisher.export(path, writes=self._context.rank == 0)
+        self.whole().export(path, writes=self._context.rank == 0)
 
     def close(self) -> None:
         self.publisher.close()

@@ -132,7 +132,7 @@ class TrainStage:
             self.started = time.monotonic() - extra["rl_s"]
             return trainer
         if recipe.warm_start is not None:
-            warm_start(self.context, recipe, self.policy, self.publishing.publisher, self.world)
+            warm_start(self.context, recipe, self.policy, self.publishing.whole, self.world)
             self.publishing.export(run_dir / "warm_start")
         trainer = self.make_trainer(run_dir)
         if recipe.run.record and (recipe.warm_start is not None or recipe.algorithm.has_critic):

@@ -6,7 +6,7 @@ step, because they compute the same accuracy from the same weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,10 @@ from flowrl.trainer.world import World
 from flowrl.weights.publish import Publisher
 
 
-def warm_start(context: WorkerContext, recipe: Recipe, policy: Policy, publisher: Publisher, world: World) -> None:
-    """Trains `policy` in place."""
+def warm_start(
+    context: WorkerContext, recipe: Recipe, policy: Policy, whole: Callable[[], Publisher], world: World
+) -> None:
+    """Trains `policy` in place. whole: a publisher of all of it, as it is at the time."""
     settings = recipe.warm_start
     assert settings is not None, "the graph has this stage only for recipes that ask for it"
     encoder = PromptEncoder(recipe.model.path, recipe.data.max_prompt_tokens)
@@ -38,7 +40,7 @@ def warm_start(context: WorkerContext, recipe: Recipe, policy: Policy, publisher
         measured = trainer.step(next(batches))
         if step % settings.check_every and step < settings.max_steps:
             continue
-        accuracy = development.accuracy(publisher.full_state())
+        accuracy = development.accuracy(whole().full_state())
         if world.rank == 0:
             context.report(measured | {"sft/dev_accuracy": accuracy, "sft/step": float(step)})
             context.log(f"warm start: {step} steps, development accuracy {accuracy:.1%}")

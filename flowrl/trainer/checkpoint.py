@@ -134,7 +134,6 @@ def load(path: Path, trainer: PolicyTrainer) -> dict[str, Any]:
     """
     state = json.loads((path / STATE_FILE).read_text())
     dcp.load(_tensors(trainer), checkpoint_id=path)
-    trainer.policy.refresh_published()
     trainer.step = state["step"]
     trainer.spikes.restore(state["spikes"])
     if trainer.critic is not None:
@@ -146,7 +145,6 @@ def load(path: Path, trainer: PolicyTrainer) -> dict[str, Any]:
 def load_model(path: Path, policy: Policy) -> None:
     """The policy alone, as of the checkpoint at `path`."""
     dcp.load({"model": _trained(policy.lm)}, checkpoint_id=path)
-    policy.refresh_published()
 
 
 def latest(directory: Path) -> Path | None:

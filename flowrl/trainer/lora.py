@@ -1,13 +1,15 @@
-"""Low-rank adapters by peft: which parameters are trained, and the merged weights that engines are served.
+"""Low-rank adapters by peft: which parameters are trained, and what engines are served: adapters, or merged weights.
 
 Adapters are injected into the Hugging Face model in place. Merged weights, W + B·A·alpha/rank, bear the names of the
-checkpoint; they are sharded as the model is, and no rank ever holds a whole matrix.
+checkpoint; they are sharded as the model is, and no rank ever holds a whole matrix. They are made when first wanted.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flowrl.config import LoRAConfig
 from flowrl.trainer.sharding import decoder_layers
+from flowrl.weights.adapters import PREFIX
 
 ADAPTER = "default"
 
@@ -59,6 +62,48 @@ def _targets(lm: PreTrainedModel, wanted: list[str] | None) -> list[str]:
     return found
 
 
+@contextmanager
+def switched_off(lm: nn.Module) -> Iterator[None]:
+    """Adapted layers inside are what they were without."""
+    layers: list[Any] = [module for module in lm.modules() if isinstance(module, LoraLayer)]
+    # Not peft's own switch, which also turns requires_grad off and on, here in the middle of an accumulation.
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+class AdapterModel(nn.Module):
+    """What is published where engines merge for themselves: the adapters alone, under peft's names. Its tensors are
+    those that are trained, sharded as they are."""
+
+    def __init__(self, lm: nn.Module) -> None:
+        super().__init__()
+        self._tensors = {
+            PREFIX + name.replace(f".{ADAPTER}.", "."): tensor
+            for name, tensor in lm.named_parameters()
+            if ".lora_" in name
+        }
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Live tensors, whatever is asked for."""
+        return dict(self._tensors)
+
+
+def adapter_config(lm: PreTrainedModel, model_dir: Path) -> str:
+    """As peft writes it, for the model of that directory."""
+    settings: Any = lm.peft_config
+    found = settings[ADAPTER].to_dict() | {
+        "base_model_name_or_path": str(model_dir.resolve()),
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+    }
+    return json.dumps({name: sorted(value) if isinstance(value, set) else value for name, value in found.items()})
+
+
 class MergedModel(nn.Module):
     """What is published of a model with adapters: a state dict of the model without them. Unadapted tensors are the
     model's, adapted ones are copies that `refresh` brings up to date."""
@@ -78,6 +123,7 @@ class MergedModel(nn.Module):
             if ".lora_" not in key
             for name in (key.replace(".base_layer.", "."),)
         }
+        self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -85,18 +131,6 @@ class MergedModel(nn.Module):
         for name, layer in self._layers.items():
             base = layer.get_base_layer().weight
             self._merged[f"{name}.weight"].copy_(base + layer.get_delta_weight(ADAPTER))
-
-    @contextmanager
-    def switched_off(self) -> Iterator[None]:
-        """Adapted layers inside are what they were without."""
-        # Not peft's own switch, which also turns requires_grad off and on, here in the middle of an accumulation.
-        for layer in self._layers.values():
-            layer._disable_adapters = True
-        try:
-            yield
-        finally:
-            for layer in self._layers.values():
-                layer._disable_adapters = False
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Live tensors, whatever is asked for."""

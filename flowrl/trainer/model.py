@@ -30,25 +30,31 @@ LOGIT_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 class Policy(nn.Module):
     """Tokens in, log-probs of the trained tokens out: what FSDP shards as one root. `lm` is the model as Hugging Face
-    made it, under whose names parameters are saved. `published`: what engines are served, `lm` itself or, where it has
-    adapters, the merged model."""
+    made it, under whose names parameters are saved. has_adapters: whether they alone are trained."""
 
-    def __init__(self, lm: PreTrainedModel, temperature: float) -> None:
+    def __init__(self, lm: PreTrainedModel, temperature: float, *, has_adapters: bool = False) -> None:
         super().__init__()
         self.lm = lm
         self.temperature = temperature
+        self.has_adapters = has_adapters
+        # In a tuple: it is no part of what is sharded and trained.
         self._merged: tuple[MergedModel, ...] = ()
 
     @property
     def published(self) -> nn.Module:
-        return self._merged[0] if self._merged else self.lm
+        """What depends on nothing else: `lm` itself or, where it has adapters, merged weights, as they are now."""
+        if not self.has_adapters:
+            return self.lm
+        if not self._merged:
+            # Imported here because peft is an extra.
+            from flowrl.trainer.lora import MergedModel
 
-    def publish_as(self, merged: MergedModel) -> None:
-        # In a tuple: it is no part of what is sharded and trained.
-        self._merged = (merged,)
+            self._merged = (MergedModel(self.lm),)
+        self.refresh_published()
+        return self._merged[0]
 
     def refresh_published(self) -> None:
-        """On every rank, after parameters have changed."""
+        """On every rank, after parameters have changed, before `published` is read again."""
         for merged in self._merged:
             merged.refresh()
 
@@ -56,8 +62,10 @@ class Policy(nn.Module):
     def without_adapters(self) -> Iterator[None]:
         """Passes inside are those of the model that adapters were added to."""
         with ExitStack() as stack:
-            for merged in self._merged:
-                stack.enter_context(merged.switched_off())
+            if self.has_adapters:
+                from flowrl.trainer.lora import switched_off
+
+                stack.enter_context(switched_off(self.lm))
             yield
 
     def forward(self, packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,18 +109,15 @@ def load_policy(
 
     Raises ValueError for a model whose log-probs this trainer would get wrong.
     """
-    policy = Policy(load_lm(path), temperature)
+    policy = Policy(load_lm(path), temperature, has_adapters=lora is not None)
     if lora is not None:
-        # Imported here because peft is an extra.
-        from flowrl.trainer.lora import MergedModel, add_adapters
+        from flowrl.trainer.lora import add_adapters
 
         add_adapters(policy.lm, lora)
     policy.to(world.device).eval()
     if activation_checkpointing:
         recompute_activations(policy.lm.base_model)
     shard(policy, policy.lm.base_model, world, compute_dtype=compute_dtype, offload=offload)
-    if lora is not None:
-        policy.publish_as(MergedModel(policy.lm))
     return policy
 
 

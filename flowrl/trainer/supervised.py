@@ -66,7 +66,6 @@ class SupervisedTrainer:
             )
         clip = min(1.0, self._train.grad_clip / (grad_norm + 1e-6))
         self._optimizer.step(clip / num_tokens, self._learning_rate)
-        self._policy.refresh_published()
         return {"sft/loss": loss, "sft/grad_norm": grad_norm, "sft/num_tokens": reduced["tokens"]}
 
     def _backward(self, demonstrations: Sequence[Demonstration], totals: Totals, weight: float) -> torch.Tensor:

@@ -242,7 +242,6 @@ class PolicyTrainer:
         clip = min(1.0, self._train.grad_clip / (grad_norm + 1e-6))
         self.optimizer.step(clip / denominator, rate)
         self.spikes.add(grad_norm)
-        self.policy.refresh_published()
         return totals | {"actor/pg_loss": loss, "actor/grad_norm": grad_norm, "actor/lr": rate}
 
     def _close(self, closing: MicroBatch) -> None:

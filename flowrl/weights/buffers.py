@@ -22,7 +22,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-WEIGHTS_FILE = "model.safetensors"
 _NO_BUFFER = -1
 _MESSAGE_BYTES = 1 << 14
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE: faults the pages in, all at once
@@ -30,6 +29,9 @@ _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE: faults the pages in, all at once
 
 class Blank(Protocol):
     """A file before any tensor is in it."""
+
+    @property
+    def file_name(self) -> str: ...
 
     @property
     def num_bytes(self) -> int: ...
@@ -49,7 +51,7 @@ class Buffer:
         try:
             for source in companions:
                 link(source, path / source.name)
-            self.fd = create_file(path / WEIGHTS_FILE, blank)
+            self.fd = create_file(path / blank.file_name, blank)
         except BaseException:
             shutil.rmtree(path)
             raise

@@ -1,19 +1,24 @@
 """Proof that loading in place reaches the whole model: snapshot, corrupt, synchronise, compare.
 
 Asked of any engine by its own protocol alone: log-probs of a few tokens after it started from a version; after loading
-the same names and shapes full of zeros in place, they must differ; after loading the version in place, be as before.
-A tensor that loading skips stays zero. (An expert that no probed token reaches would not be noticed.)
+the same names and shapes full of zeros in place (of adapters: of some number), they must differ; after loading the
+version in place, be as before. A tensor that loading skips stays zero. (An expert that no probed
+token reaches would not be noticed.)
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from pathlib import Path
 
 import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
 
 from flowrl.rollout.engine import Engine, EngineError, GenerateRequest, Generation, PauseMode, SamplingParams
+from flowrl.weights.adapters import is_adapter, read_config
 from flowrl.weights.buffers import link
 from flowrl.weights.store import companions_of
 
@@ -26,7 +31,7 @@ async def check_first_sync(engine: Engine, path: Path, version: int, scratch: Pa
     """engine: started from the directory `path` as `version`, nothing running. scratch: a directory to make, where a
     file of holes takes no room. Raises EngineError saying what is wrong."""
     first = await _probe(engine)
-    make_zeroed(path, scratch)
+    (make_other_adapters if is_adapter(path) else make_zeroed)(path, scratch)
     try:
         await engine.load_weights(scratch, version, PauseMode.RECOMPUTE)
     finally:
@@ -54,6 +59,18 @@ def make_zeroed(path: Path, target: Path) -> None:
             length = opened.read(8)
             made.write(length + opened.read(int.from_bytes(length, "little")))
             made.truncate(os.fstat(opened.fileno()).st_size)
+
+
+def make_other_adapters(path: Path, target: Path) -> None:
+    """A copy of a directory of adapters, all full of one number: every adapted matrix becomes larger by 0.1."""
+    target.mkdir(parents=True)
+    for source in companions_of(path):
+        link(source, target / source.name)
+    value = math.sqrt(0.1 / read_config(path).lora_alpha)
+    for file in path.glob("*.safetensors"):
+        save_file(
+            {name: torch.full_like(tensor, value) for name, tensor in load_file(file).items()}, target / file.name
+        )
 
 
 async def _probe(engine: Engine) -> Generation:

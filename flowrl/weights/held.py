@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flowrl.weights.buffers import WEIGHTS_FILE
 from flowrl.weights.slices import Slice
-from flowrl.weights.store import WeightStore, reading
+from flowrl.weights.store import WeightStore, reading, weights_file
 
 
 class HeldVersions:
@@ -75,6 +74,6 @@ def scatter(data: np.ndarray, part: Slice, given: np.ndarray) -> None:
 
 
 def _map(path: Path) -> np.ndarray:
-    with reading(path), (path / WEIGHTS_FILE).open("rb") as file:
+    with reading(path), weights_file(path).open("rb") as file:
         mapped = mmap.mmap(file.fileno(), os.fstat(file.fileno()).st_size, prot=mmap.PROT_READ)
     return np.frombuffer(mapped, np.uint8)

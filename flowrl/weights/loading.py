@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from flowrl.weights.adapters import is_adapter, merge_in_place
 from flowrl.weights.names import extents_on_disk
 from flowrl.weights.store import reading
 from flowrl.weights.tensorfile import Slot, read_slots
@@ -46,10 +47,13 @@ class _Copy(NamedTuple):
 def load_in_place(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Overwrites `tensors`, a state dict with `keep_vars=True`, by the weights of the directory `path`.
 
-    Raises ValueError, with nothing overwritten, if names or shapes are not the same on both sides or a file is cut
-    short; FileNotFoundError if the version has gone.
+    A directory of adapters is merged into a model that has its checkpoint's weights, see `adapters.py`. Raises
+    ValueError, with nothing overwritten, if names or shapes are not the same on both sides or a file is cut short;
+    FileNotFoundError if the version has gone.
     """
     with reading(path):
+        if is_adapter(path):
+            return merge_in_place(tensors, path)
         copies = _copies(tensors, path)
         opened = {file: os.open(file, os.O_RDONLY | os.O_CLOEXEC) for file in {copy.file for copy in copies}}
         try:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,12 +77,39 @@ def pin_of(recipe: Recipe, version: int, node: int) -> str:
     return EVALUATION_PIN if is_here and is_evaluated(recipe, version) else ""
 
 
-def serving_bytes(model_dir: Path, dtype: str) -> int:
-    """Size of one published version, from the headers of the checkpoint's files. 0 where there are none yet."""
+def publishes_adapters(recipe: Recipe) -> bool:
+    """Whether versions are adapters alone, which embedded engines merge for themselves, or whole models. SGLang is
+    served merged weights; straight into engines go the tensors that they have."""
+    return (
+        recipe.model.lora is not None
+        and recipe.rollout.engine == "embedded"
+        and recipe.weights.transport != "collective"
+    )
+
+
+def version_bytes(recipe: Recipe) -> int:
+    """Size of one published version. Of adapters an upper bound, from all matrices of the layers that have a wanted
+    name. 0 where there is no checkpoint yet."""
+    lora = recipe.model.lora
+    model_dir = Path(recipe.model.path)
+    if lora is None or not publishes_adapters(recipe):
+        return serving_bytes(model_dir, recipe.model.dtype)
     elements = 0
+    for name, shape in _shapes(model_dir):
+        target = name.removesuffix(".weight").rpartition(".")[2]
+        if len(shape) == 2 and re.search(r"\.\d+\.", name) and (lora.targets is None or target in lora.targets):
+            elements += lora.rank * sum(shape)
+    return 4 * elements
+
+
+def serving_bytes(model_dir: Path, dtype: str) -> int:
+    """Size of the whole model as it is served, from the headers of the checkpoint's files. 0 where there are none."""
+    return sum(math.prod(shape) for _, shape in _shapes(model_dir)) * (4 if dtype == "float32" else 2)
+
+
+def _shapes(model_dir: Path) -> Iterator[tuple[str, list[int]]]:
     for file in model_dir.glob("*.safetensors"):
         with file.open("rb") as opened:
             (header_bytes,) = struct.unpack("<Q", opened.read(8))
             header = json.loads(opened.read(header_bytes))
-        elements += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    return elements * (4 if dtype == "float32" else 2)
+        yield from ((name, entry["shape"]) for name, entry in header.items() if name != "__metadata__")

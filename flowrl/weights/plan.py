@@ -17,7 +17,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from flowrl.weights.names import Extent
-from flowrl.weights.tensorfile import Kind, TensorFileLayout
+from flowrl.weights.tensorfile import WEIGHTS_FILE, Kind, TensorFileLayout
 
 
 class Piece(NamedTuple):
@@ -56,12 +56,14 @@ class Plan:
         kinds: Mapping[str, Kind],
         sharded: Collection[str],
         num_ranks: int,
+        file_name: str = WEIGHTS_FILE,
     ) -> Plan:
         """extents: of each module tensor, see `names.py`; kinds: its global shape and the dtype that it is served in;
-        sharded: those that are sharded over the ranks."""
+        sharded: those that are sharded over the ranks; file_name: of the file that is written."""
         names = sorted(extents, key=lambda name: -kinds[name].dtype.itemsize)
         layout = TensorFileLayout(
-            {extent.name: Kind(extent.shape, kinds[name].dtype) for name in names for extent in extents[name]}
+            {extent.name: Kind(extent.shape, kinds[name].dtype) for name in names for extent in extents[name]},
+            file_name,
         )
         sources = [
             Source(name, kinds[name], name in sharded, layout.slots[extents[name][0].name].begin) for name in names

@@ -13,19 +13,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import msgspec
 import torch
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from flowrl.weights.buffers import WEIGHTS_FILE, create_file, has_leases, map_bytes
+from flowrl.weights.buffers import create_file, has_leases, map_bytes
 from flowrl.weights.collective.writer import Collective, CollectiveWriter
-from flowrl.weights.names import extents_on_disk, kinds_on_disk
+from flowrl.weights.form import Form
+from flowrl.weights.names import extents_on_disk
 from flowrl.weights.plan import Plan, chunk_rows, is_sharded, served_dtypes
 from flowrl.weights.pool import OnPublished
 from flowrl.weights.ranks import Ranks, WeightsError
 from flowrl.weights.slices import Holdings
-from flowrl.weights.store import WeightStore, companions_of
+from flowrl.weights.store import WeightStore
 from flowrl.weights.tensorfile import Kind
 from flowrl.weights.writing import FileWriter, PooledWriter, Writer
 
@@ -44,9 +46,9 @@ class Publisher:
     lm: the Hugging Face model, sharded or not. model_dir: the directory it came from. store: on the ranks that make
     versions visible, None on those that write to the store of the nearest rank before them which has one. is_pooled:
     whether the store is in the memory of this node alone, where files can be reused. collective: instead of any store,
-    versions go straight to engines. on_published: called on those
-    ranks when a version is there to be read, possibly by another thread, if readers held it up. `missing`: names that
-    the directory has and the model does not, which a published version leaves out.
+    versions go straight to engines. form: how a version lies on disk, like `model_dir` if None. on_published: called on
+    the ranks with a store when a version is there to be read, possibly by another thread, if readers held it up.
+    `missing`: names that the directory has and the model does not, which a published version leaves out.
     """
 
     def __init__(
@@ -58,9 +60,11 @@ class Publisher:
         *,
         is_pooled: bool = True,
         collective: Collective | None = None,
+        form: Form | None = None,
         on_published: OnPublished = _ignore,
     ) -> None:
-        on_disk = kinds_on_disk(model_dir)
+        self._form = Form.of_checkpoint(model_dir) if form is None else form
+        on_disk = self._form.kinds
         tensors = lm.state_dict(keep_vars=True)
         self._extents = extents_on_disk(tensors, on_disk, model_dir)
         self._tensors: dict[str, torch.Tensor] = {name: tensors[name] for name in self._extents}
@@ -75,10 +79,10 @@ class Publisher:
             {name: Kind(tensor.shape, dtypes[name]) for name, tensor in self._tensors.items()},
             {name for name, tensor in self._tensors.items() if is_sharded(name, tensor)},
             self._ranks.size,
+            self._form.file_name,
         )
         self._refuse_other_shards()
         self._model_dir = model_dir
-        self._companions = companions_of(model_dir)
         self._store = store
         self._is_pooled = is_pooled
         self._collective = collective
@@ -117,7 +121,8 @@ class Publisher:
         in the order of their ranks."""
         publishers = [*self._publishers, self._ranks.size]
         spans = [range(first, after) for first, after in pairwise(publishers)]
-        return Holdings.of(nodes, [self.plan.ranges(span) for span in spans], self.num_bytes)
+        held = Holdings.of(nodes, [self.plan.ranges(span) for span in spans], self.num_bytes)
+        return msgspec.structs.replace(held, file_name=self._form.file_name, texts=dict(self._form.texts))
 
     def discard_newer_than(self, version: int) -> None:
         """On every rank, after going back to a checkpoint: those versions will be published anew."""
@@ -161,9 +166,11 @@ class Publisher:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         try:
-            for source in self._companions:
+            for source in self._form.companions:
                 shutil.copyfile(source, staging / source.name)
-            self._export_tensors(staging / WEIGHTS_FILE)
+            for name, text in self._form.texts.items():
+                (staging / name).write_text(text)
+            self._export_tensors(staging / self._form.file_name)
             staging.rename(path)
         except BaseException:
             shutil.rmtree(staging)
@@ -190,8 +197,10 @@ class Publisher:
         publisher = _publisher_of(self._ranks.rank, publishers)
         root = places[publisher]
         last = max(rank for rank in range(self._ranks.size) if _publisher_of(rank, publishers) == publisher)
+        companions = [*self._form.companions]
         if self._store is not None:
             self._store.prepare()
+            companions += self._store.beside(self._form.texts)
         can_pool = self._is_pooled and (self._store is None or has_leases(self._store.root))
         # All ranks write in one way: where a node's memory tells nothing of readers, no file is written twice.
         if self._is_pooled and all(code for (code,) in self._ranks.gather_numbers([can_pool])):
@@ -202,10 +211,10 @@ class Publisher:
                 last - publisher,
                 Path(root),
                 self._store,
-                self._companions,
+                companions,
                 self._on_published,
             )
-        return FileWriter(self.plan, self._ranks, Path(root), self._store, self._companions, self._on_published)
+        return FileWriter(self.plan, self._ranks, Path(root), self._store, companions, self._on_published)
 
     def _locals(self) -> Mapping[str, torch.Tensor]:
         with torch.no_grad():

@@ -50,7 +50,8 @@ class _NoHeader:
 
     header = b""
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self, file_name: str, num_bytes: int) -> None:
+        self.file_name = file_name
         self.num_bytes = num_bytes
 
 
@@ -208,8 +209,9 @@ class Relay:
     def _begin(self, version: int) -> None:
         assert self._holdings is not None
         if self._pool is None:
-            blank = _NoHeader(self._holdings.num_bytes)
-            self._pool = BufferPool(self._store, blank, self._companions, self._on_published)
+            blank = _NoHeader(self._holdings.file_name, self._holdings.num_bytes)
+            companions = [*self._companions, *self._store.beside(self._holdings.texts)]
+            self._pool = BufferPool(self._store, blank, companions, self._on_published)
         self._buffer = self._pool.begin()
         is_anchor = self._num_transfers % self._anchor_every == 0
         self._num_transfers += 1

@@ -29,10 +29,13 @@ class Slice(NamedTuple):
 
 
 class Holdings(msgspec.Struct, frozen=True):
-    """Which bytes of every version each node's trainer ranks write."""
+    """Which bytes of every version each node's trainer ranks write. file_name: of the version's file; texts: of small
+    files that go beside it, by name."""
 
     num_bytes: int
     ranges: dict[int, list[Range]]
+    file_name: str = "model.safetensors"
+    texts: dict[str, str] = {}
 
     @classmethod
     def of(cls, nodes: Sequence[int], held: Sequence[Sequence[Range]], num_bytes: int) -> Holdings:

@@ -1,6 +1,7 @@
 """Published versions of the weights on one node: directories under one root, each whole from the moment it has a name.
 
-    root/v00000012/            model.safetensors, beside links to config and tokenizer: a Hugging Face directory
+    root/v00000012/            model.safetensors, beside links to config and tokenizer: a Hugging Face directory; or
+                               adapter_model.safetensors, what peft keeps of a model that is elsewhere
     root/pins/eval/v00000012/  the same files, kept until they are unpinned
     root/.…                    being written, waiting, being removed; no reader looks there
 
@@ -14,12 +15,10 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
-
-from flowrl.weights.buffers import WEIGHTS_FILE
 
 VERSION_NAME = re.compile(r"v(\d{8,})")
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
@@ -38,6 +37,14 @@ class WeightStore:
             raise ValueError(f"weights.buffers: {buffers}; must be at least 2")
         self.root = root
         self.buffers = buffers
+
+    def beside(self, texts: Mapping[str, str]) -> list[Path]:
+        """Files with these names and contents, from which versions link what they need beside their weights."""
+        directory = self.root.with_name(f"{self.root.name}-files")
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (directory / name).write_text(text)
+        return [directory / name for name in texts]
 
     def path(self, version: int) -> Path:
         """Where the version is, was or will be."""
@@ -85,8 +92,7 @@ class WeightStore:
         try:
             for file in source.iterdir():
                 os.link(file, staging / file.name, follow_symlinks=False)
-            if not (staging / WEIGHTS_FILE).exists():
-                raise FileNotFoundError(errno.ENOENT, "removed while it was being pinned", str(source))
+            weights_file(staging)  # or it was removed while it was being pinned
             staging.rename(target)
         except OSError:
             shutil.rmtree(staging)
@@ -131,6 +137,14 @@ def reading(path: Path) -> Iterator[Path]:
     finally:
         for fd in held:
             os.close(fd)
+
+
+def weights_file(path: Path) -> Path:
+    """The one file of a published version that has its tensors. Raises FileNotFoundError if it has gone."""
+    found = next(path.glob("*.safetensors"), None)
+    if found is None:
+        raise FileNotFoundError(errno.ENOENT, "no weights there (any more)", str(path))
+    return found
 
 
 def version_name(version: int) -> str:

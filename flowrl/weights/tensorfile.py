@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+WEIGHTS_FILE = "model.safetensors"
 DTYPE_CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -47,10 +48,11 @@ class Slot:
 
 
 class TensorFileLayout:
-    """Header and offsets for these tensors, in the order given. Alignment is that of each dtype, provided that wider
-    ones come first."""
+    """Header and offsets for these tensors, in the order given, in a file of that name. Alignment is that of each
+    dtype, provided that wider ones come first."""
 
-    def __init__(self, kinds: Mapping[str, Kind]) -> None:
+    def __init__(self, kinds: Mapping[str, Kind], file_name: str = WEIGHTS_FILE) -> None:
+        self.file_name = file_name
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
         end = 0
         begins = {}

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from flowrl.weights.buffers import WEIGHTS_FILE, Borrower, Buffer, Lender, create_file, link
+from flowrl.weights.buffers import Borrower, Buffer, Lender, create_file, link
 from flowrl.weights.plan import Piece, Plan
 from flowrl.weights.pool import BufferPool, OnPublished
 from flowrl.weights.ranks import Ranks, WeightsError
@@ -163,7 +163,7 @@ class FileWriter:
         self._ranks.agree(error, f"version {version}")
 
     def write(self, tensors: Locals) -> None:
-        fd = os.open(self._staging / WEIGHTS_FILE, os.O_WRONLY | os.O_CLOEXEC)
+        fd = os.open(self._staging / self._layout.file_name, os.O_WRONLY | os.O_CLOEXEC)
         try:
             for piece in self._pieces:
                 for begin, chunk in _cast_chunks(tensors[piece.name], piece):
@@ -179,7 +179,7 @@ class FileWriter:
         if path.exists():
             self.abandon()
             raise ValueError(f"version: {version} is published at {path}; a published version is never written again")
-        (self._staging / WEIGHTS_FILE).chmod(0o444)
+        (self._staging / self._layout.file_name).chmod(0o444)
         if pin:
             self._store.pin_from(self._staging, version, pin)
         self._staging.rename(path)
@@ -204,7 +204,7 @@ class FileWriter:
         try:
             for source in self._companions:
                 link(source, self._staging / source.name)
-            os.close(create_file(self._staging / WEIGHTS_FILE, self._layout))
+            os.close(create_file(self._staging / self._layout.file_name, self._layout))
         except OSError:
             self.abandon()
             raise

@@ -51,6 +51,16 @@ def test_weights_can_go_straight_into_engines(tmp_path: Path) -> None:
     assert summary["accuracy_after"] is not None
 
 
+def test_adapters_alone_go_to_engines(tmp_path: Path) -> None:
+    run, _ = ran(tmp_path, "model.lora={rank: 4}", "pools.train.workers=2", "weights.transport=disk",
+        f"weights.dir={tmp_path}/weights")  # fmt: skip
+    versions = sorted((tmp_path / "weights" / "small").glob("v*"))
+    assert all((path / "adapter_model.safetensors").exists() for path in versions) and versions
+    assert not list((tmp_path / "weights" / "small").glob("v*/model.safetensors"))
+    adapters = (versions[-1] / "adapter_model.safetensors").stat().st_size
+    assert adapters < (run / "model" / "model.safetensors").stat().st_size / 5
+
+
 @pytest.mark.slow
 def test_late_rows_can_be_dropped_and_kv_recomputed_in_bfloat16(tmp_path: Path) -> None:
     ran(

@@ -8,18 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from flowrl.weights import relay as relay_module
 from flowrl.weights import transfer as transfer_module
-from flowrl.weights.buffers import WEIGHTS_FILE
 from flowrl.weights.delta import Encoding, decode, digest, encode
 from flowrl.weights.pool import BufferPool
 from flowrl.weights.relay import Relay
 from flowrl.weights.relay_wire import NO_BASE, Given
 from flowrl.weights.slices import Holdings, Slice, giver
 from flowrl.weights.store import WeightStore, reading
+from flowrl.weights.tensorfile import WEIGHTS_FILE
 from flowrl.weights.transfer import Transfer, TransferFailed
 
 NUM_BYTES = 300_000
@@ -28,6 +29,7 @@ RNG = np.random.default_rng(0)
 
 
 class File:
+    file_name = WEIGHTS_FILE
     header = b""
     num_bytes = NUM_BYTES
 
@@ -164,6 +166,19 @@ def test_a_node_that_is_told_last_answers_when_it_has_been_told(tmp_path: Path) 
         nodes[1].relay.hold(WHOLE)
         wait_for(nodes[1:], 0)
         assert [node.read(0) for node in nodes[1:]] == [data.tobytes()] * 2
+
+
+def test_what_lies_beside_a_version_arrives_with_it(tmp_path: Path) -> None:
+    """As a directory of adapters needs it."""
+    named = msgspec.structs.replace(WHOLE, file_name="adapter_model.safetensors", texts={"adapter_config.json": "{}"})
+    with cluster(tmp_path, named, 2) as nodes:
+        data = random_bytes()
+        publish(nodes, 0, data)
+        wait_for(nodes[1:], 0)
+        path = nodes[1].store.path(0)
+        assert sorted(file.name for file in path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+        assert (path / "adapter_model.safetensors").read_bytes() == data.tobytes()
+        assert (path / "adapter_config.json").read_text() == "{}"
 
 
 def test_source_sends_each_byte_once_to_any_number_of_nodes(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flowrl.weights.buffers import WEIGHTS_FILE, Buffer, has_leases, is_open_here_alone
+from flowrl.weights.buffers import Buffer, has_leases, is_open_here_alone
 from flowrl.weights.pool import BufferPool
 from flowrl.weights.store import WeightStore, reading
-from flowrl.weights.tensorfile import Kind, TensorFileLayout, read_slots
+from flowrl.weights.tensorfile import WEIGHTS_FILE, Kind, TensorFileLayout, read_slots
 from tests.weights.versions import LAYOUT, SHAPES, names, value_of, versions
 
 

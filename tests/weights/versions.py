@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from flowrl.weights.buffers import WEIGHTS_FILE
 from flowrl.weights.pool import BufferPool
 from flowrl.weights.store import WeightStore
-from flowrl.weights.tensorfile import Kind, TensorFileLayout
+from flowrl.weights.tensorfile import WEIGHTS_FILE, Kind, TensorFileLayout
 
 SHAPES = {"a.weight": torch.Size([3, 5]), "b.bias": torch.Size([7]), "scale": torch.Size([])}
 LAYOUT = TensorFileLayout({name: Kind(shape, torch.float32) for name, shape in SHAPES.items()})

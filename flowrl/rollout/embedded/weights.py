@@ -18,12 +18,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flowrl.rollout.embedded.attention import SLOT_ATTENTION
 from flowrl.rollout.engine import EngineError
+from flowrl.weights.adapters import is_adapter, read_config
 from flowrl.weights.loading import load_in_place
 
 
 def load_model(path: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:
     """The Hugging Face directory `path`, ready for slots. EngineError if it is not a whole model, ValueError for an
-    architecture that does not use the attention interface."""
+    architecture that does not use the attention interface. A directory of adapters stands for its model with them."""
+    if is_adapter(path):
+        model = load_model(Path(read_config(path).base_model_name_or_path), device, dtype)
+        replace_from_directory(model, path)
+        return model
     model = _pretrained(path, dtype)
     if not model._supports_attention_backend:
         raise ValueError(f"model: {type(model).__name__} does not use transformers' attention interface")
@@ -41,8 +46,10 @@ def replace_from_directory(model: PreTrainedModel, path: Path) -> None:
         raise EngineError(f"weights: no *.safetensors in {path}; nothing was replaced")
     try:
         return load_in_place(model.state_dict(keep_vars=True), path)
-    except (OSError, ValueError):
-        pass  # What does not fit as it lies is named below, or translated.
+    except (OSError, ValueError) as error:
+        if is_adapter(path):
+            raise EngineError(f"{error}; nothing was replaced") from error
+        # What does not fit as it lies is named below, or translated.
     with _mapped(files) as tensors:
         if _unknown(model, tensors):
             # Some architectures are stored under other names than they run with; transformers knows how to translate.

@@ -1,0 +1,98 @@
+"""What goes wrong with weights in whole runs: an engine that cannot load, and too little shared memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from flowrl.config import load
+from flowrl.pipeline import published_bytes
+from flowrl.weights.place import Route
+from tests.integration.runs import ROOT, command, events, run_to_end, small_run
+
+ONE_NODE = Route((0,), (0,))
+QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_engine_that_cannot_load_is_named_and_its_work_goes_to_the_others(tmp_path: Path) -> None:
+    """One of two engines, once, at the third version: from code of the user's, which the engine's process imports."""
+    (tmp_path / "broken.py").write_text(
+        textwrap.dedent("""
+            import os
+            from flowrl.rollout.embedded import weights
+            from flowrl.rollout.engine import EngineError
+            from flowrl.rollout.episodes import single_turn
+
+            replace = weights.replace_from_directory
+
+            def failing(model, path):
+                if path.name == "v00000003":
+                    try:
+                        os.close(os.open("broken", os.O_CREAT | os.O_EXCL))
+                    except FileExistsError:
+                        pass
+                    else:
+                        raise EngineError("the memory of this engine is broken")
+                replace(model, path)
+
+            weights.replace_from_directory = failing
+            episode = single_turn
+        """)
+    )
+    code, output = run_to_end(
+        small_run(
+            tmp_path, "eval=null", "pools.rollout.workers=2", "rollout.episode=broken.py:episode",
+            "rollout.in_flight=keep", steps=12,
+        ),
+        timeout_s=200,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert code == 0, output
+    (line,) = [line for line in output.splitlines() if "the memory of this engine is broken" in line]
+    assert "rollout.0." in line and "restart 1" in line
+    log = events(tmp_path / "runs" / "small")
+    trained = [tuple(event["key"]) for event in log if event["kind"] == "trained"]
+    assert len(trained) == len(set(trained)) == 12 * 64
+
+
+def test_too_little_shared_memory_is_said_before_the_start_with_size_and_settings(tmp_path: Path) -> None:
+    """On a real file system of 12 MB, in a mount namespace of the run's own."""
+    if os.geteuid() or not shutil.which("unshare"):
+        pytest.skip("needs root, to mount a small file system")
+    (tmp_path / "memory").mkdir()
+    arguments = command(
+        f"run.dir={tmp_path}/runs", f"model.path={tmp_path}/model", f"run.session_dir={tmp_path}/memory"
+    )
+    script = 'mount -t tmpfs -o size=12m small "$0" && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, str(tmp_path / "memory"), *arguments],
+        capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert done.returncode != 0
+    needed = published_bytes(load(QUICKSTART, [f"model.path={tmp_path}/model"]), ONE_NODE) + (16 << 20)
+    assert f"{tmp_path}/memory has 12 MiB free, and the run needs {needed / 2**20:.0f} MiB" in said
+    assert "run.session_dir" in said and "weights.buffers" in said and "queue.byte_limit_mb" in said
+    assert not (tmp_path / "runs" / "quickstart" / "checkpoints").exists()
+
+
+def test_room_for_versions_is_counted_by_where_they_lie(model_dir: Path, tmp_path: Path) -> None:
+    """Five at three buffers: one is being written, one pinned. Of ranks on several nodes, their parts too."""
+
+    def needed(*overrides: str, route: Route = ONE_NODE) -> int:
+        return published_bytes(load(QUICKSTART, [f"model.path={model_dir}", *overrides]), route)
+
+    one = (model_dir / "model.safetensors").stat().st_size
+    assert needed() == pytest.approx(5 * one, rel=0.1)
+    assert needed("model.dtype=bfloat16", "weights.buffers=2") == pytest.approx(4 * one / 2, rel=0.1)
+    assert needed(route=Route((0, 1), (0,))) == pytest.approx(9 * one, rel=0.1)
+    assert needed("weights.transport=disk", f"weights.dir={tmp_path}") == 0
+    assert needed("weights.transport=collective", "eval=null") == 0
+    assert needed("weights.transport=collective") == needed()
