@@ -84,6 +84,7 @@ class CollectiveSource:
             address=address,
             bucket_bytes=recipe.weights.bucket_mb << 20,
             terms=terms_of(context, recipe),
+            is_over=context.stopping.is_set,
         )
         context.announce(engine_topic(context.name), msgspec.to_builtins(self._receiver.news))
 
@@ -92,7 +93,7 @@ class CollectiveSource:
         version = news["version"]
         if not self._has_met:
             await engine.start(self._model_dir, BEFORE_FIRST)
-            if not await asyncio.to_thread(self._receiver.meet, self._context.stopping.is_set):
+            if not await asyncio.to_thread(self._receiver.meet):
                 return
             self._has_met = True
         if self._checks:

@@ -34,11 +34,12 @@ def main(name: str, num_ranks: int, out: Path, how: str) -> None:
         address="",
         bucket_bytes=BUCKET_BYTES,
         terms=Terms(torch.device("cpu"), "", timeout_s),
+        is_over=(out / "end").exists,
     )
     news = {field: getattr(receiver.news, field) for field in receiver.news.__struct_fields__}
     (out / f"new-{name}").write_text(json.dumps(news))
     (out / f"new-{name}").rename(out / f"engine-{name}-{os.getpid()}.json")
-    assert receiver.meet(lambda: (out / "end").exists())
+    assert receiver.meet()
     last = -1
     while not (out / "end").exists():
         version = max((int(path.name.removeprefix("published-")) for path in out.glob("published-*")), default=-1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flowrl.config import load
-from flowrl.pipeline import published_bytes
+from flowrl.pipeline import build, published_bytes
 from flowrl.weights.place import Route
 from tests.integration.runs import ROOT, command, events, run_to_end, small_run
 
@@ -96,3 +96,10 @@ def test_room_for_versions_is_counted_by_where_they_lie(model_dir: Path, tmp_pat
     assert needed("weights.transport=disk", f"weights.dir={tmp_path}") == 0
     assert needed("weights.transport=collective", "eval=null") == 0
     assert needed("weights.transport=collective") == needed()
+
+
+def test_evaluation_elsewhere_is_refused_where_versions_lie_nowhere() -> None:
+    recipe = load(QUICKSTART, ["weights.transport=collective", "pools.train={nodes: [1]}"])
+    with pytest.raises(ValueError, match=r"^weights\.transport: 'collective'; evaluation reads .* on nodes \[0, 1\]"):
+        build(recipe, 2)
+    build(load(QUICKSTART, ["weights.transport=collective", "pools.train={nodes: [1]}", "eval=null"]), 2)

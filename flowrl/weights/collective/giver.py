@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from transfer_queue.security import secure_client
 logger = logging.getLogger(__name__)
 
 _POLL_MS = 100
+_FAREWELL_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,10 @@ class _Link:
         self._rank = hello.rank
 
     def serve(self) -> None:
-        while (question := self._next(None)) is not None:
+        while not self._ends.is_set():
+            if not self._socket.poll(_POLL_MS):
+                continue
+            question = decode_to_rank(self._socket.recv())
             if isinstance(question, Open):
                 staged = self._staging.hold(question.version, self._ends.is_set)
                 digest = _digest(staged.bytes) if staged is not None and question.digest else 0
@@ -131,27 +136,26 @@ class _Link:
     def _give(self, staged: Staged) -> None:
         version = staged.version
         try:
-            question = self._next(self._terms.timeout_s)
+            question = self._next()
             if isinstance(question, Go):
                 for round_ in range(self._rounds.count):
                     begin, end = self._rounds.part(self._rank, round_)
                     if begin < end:
                         self._group.send(staged.bytes[begin:end], 0, f"{self._name}, taking version {version},")
-                question = self._next(self._terms.timeout_s)
-            assert question is None or isinstance(question, Done), f"{question} where the end was to come"
+                question = self._next()
+            assert isinstance(question, Done), f"{question} where the end was to come"
         finally:
             self._staging.let_go(staged)
 
-    def _next(self, limit_s: float | None) -> Open | Go | Done | None:
-        """None at the end. Raises PeerLost if nothing comes within `limit_s`."""
-        waited_ms = 0
-        while not self._ends.is_set():
-            if self._socket.poll(_POLL_MS):
-                return decode_to_rank(self._socket.recv())
-            waited_ms += _POLL_MS
-            if limit_s is not None and waited_ms > 1000 * limit_s:
+    def _next(self) -> Open | Go | Done:
+        """Raises PeerLost if nothing comes. A transfer is not broken off because the end has come in the middle of it,
+        nor waited for long because of an engine that has died and been started again."""
+        started = time.monotonic()
+        while not self._socket.poll(_POLL_MS):
+            limit_s = min(_FAREWELL_S, self._terms.timeout_s) if self._ends.is_set() else self._terms.timeout_s
+            if time.monotonic() > started + limit_s:
                 raise PeerLost(f"{self._name} holds a version and was silent for {limit_s:.0f} s")
-        return None
+        return decode_to_rank(self._socket.recv())
 
 
 def _digest(data: torch.Tensor) -> int:

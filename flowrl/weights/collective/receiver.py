@@ -33,7 +33,8 @@ Act = Callable[[Landing, torch.Tensor], None]
 
 class Receiver:
     """name: the worker's. num_ranks: of the trainer. bind: an endpoint, its port possibly `*`. directory, address: see
-    `host_store`. bucket_bytes: of a round, of which two are held. Used by one thread at a time."""
+    `host_store`. bucket_bytes: of a round, of which two are held. is_over: whoever waits stops waiting. Used by one
+    thread at a time."""
 
     def __init__(
         self,
@@ -45,7 +46,9 @@ class Receiver:
         address: str,
         bucket_bytes: int,
         terms: Terms,
+        is_over: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._is_over = is_over
         self._num_ranks = num_ranks
         self._terms = terms
         self._context = zmq.Context()
@@ -65,11 +68,11 @@ class Receiver:
         self._landings: list[dict[int, list[Landing]]] = []
         self._open = -1
 
-    def meet(self, is_over: Callable[[], bool]) -> bool:
+    def meet(self) -> bool:
         """Waits for the ranks, which may be busy with a warm start, and forms the group. False if it `is_over`. Raises
         PeerLost if one of them goes away meanwhile, ValueError if they do not send every byte once."""
         while len(self._hellos) < self._num_ranks:
-            if is_over():
+            if self._is_over():
                 return False
             if self._socket.poll(_POLL_MS):
                 _, body = self._socket.recv_multipart()
@@ -155,6 +158,8 @@ class Receiver:
                 answer = decode_to_engine(body)
                 assert isinstance(answer, Opened), "a rank that starts anew starts all anew"
                 answers[int(identity)] = answer
+            elif self._is_over():
+                raise PeerLost(f"stopped while trainer ranks were asked for version {question.version}")
             elif time.monotonic() > deadline:
                 late = sorted(set(ranks) - answers.keys())
                 raise PeerLost(f"trainer ranks {late} did not answer for version {question.version}")
