@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import torch
 from flowrl.weights.adapters import is_adapter, merge_in_place
 from flowrl.weights.names import extents_on_disk
 from flowrl.weights.store import reading
-from flowrl.weights.tensorfile import Slot, read_slots
+from flowrl.weights.tensorfile import Slot, read_header, slots_of
 
 _CHUNK_BYTES = 4 << 20
 _NUM_THREADS = min(4, len(os.sched_getaffinity(0)))
@@ -35,34 +36,60 @@ class Place(NamedTuple):
 
 
 class _Copy(NamedTuple):
-    """A part of a place, in one of the files."""
+    """A part of a place; `file` is a number."""
 
     target: torch.Tensor
-    file: Path
+    file: int
     begin: int
     dtype: torch.dtype
 
 
-@torch.no_grad()
-def load_in_place(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Overwrites `tensors`, a state dict with `keep_vars=True`, by the weights of the directory `path`.
+class Loader:
+    """Loads versions into one model. What is the same for all of them is worked out once."""
 
-    A directory of adapters is merged into a model that has its checkpoint's weights, see `adapters.py`. Raises
-    ValueError, with nothing overwritten, if names or shapes are not the same on both sides or a file is cut short;
-    FileNotFoundError if the version has gone.
-    """
-    with reading(path):
-        if is_adapter(path):
-            return merge_in_place(tensors, path)
-        copies = _copies(tensors, path)
-        opened = {file: os.open(file, os.O_RDONLY | os.O_CLOEXEC) for file in {copy.file for copy in copies}}
-        try:
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """tensors: a state dict with `keep_vars=True`."""
+        self._tensors = tensors
+        self._headers: list[bytes] = []
+        self._ends: list[int] = []
+        self._copies: list[_Copy] = []
+
+    @torch.no_grad()
+    def load(self, path: Path) -> None:
+        """Overwrites the tensors by the weights of the directory `path`; one of adapters is merged into a model that
+        has its checkpoint's weights, see `adapters.py`.
+
+        Raises ValueError, with nothing overwritten, if names or shapes are not the same on both sides or a file is cut
+        short; FileNotFoundError if the version has gone.
+        """
+        with reading(path), ExitStack() as stack:
+            if is_adapter(path):
+                return merge_in_place(self._tensors, path)
+            files = sorted(path.glob("*.safetensors"))
+            opened = [stack.enter_context(file.open("rb", buffering=0)) for file in files]
+            self._read_headers([read_header(file) for file in opened], path)
+            for file, end in zip(opened, self._ends, strict=True):
+                if (size := os.fstat(file.fileno()).st_size) < end:
+                    raise ValueError(f"weights: {file.name} has {size} bytes, and {end} by its header")
             # The kernel copies; threads of ours only wait for it, and large models come in at the memory's speed.
             with ThreadPoolExecutor(_NUM_THREADS) as threads:
-                list(threads.map(lambda copy: _read(opened[copy.file], copy), copies))
-        finally:
-            for fd in opened.values():
-                os.close(fd)
+                list(threads.map(lambda copy: _read(opened[copy.file].fileno(), copy), self._copies))
+
+    def _read_headers(self, headers: list[bytes], path: Path) -> None:
+        if headers == self._headers:
+            return
+        slots = [slots_of(header, str(path)) for header in headers]
+        file_of = {name: number for number, found in enumerate(slots) for name in found}
+        every = {name: slot for found in slots for name, slot in found.items()}
+        found = places(self._tensors, every, path)
+        self._copies = [copy for place in found for copy in _chunks(place, file_of[place.name])]
+        self._ends = [max((slot.end for slot in found.values()), default=0) for found in slots]
+        self._headers = headers
+
+
+def load_in_place(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """As `Loader.load`, once."""
+    Loader(tensors).load(path)
 
 
 def places(tensors: Mapping[str, torch.Tensor], slots: Mapping[str, Slot], where: object) -> list[Place]:
@@ -85,21 +112,10 @@ def places(tensors: Mapping[str, torch.Tensor], slots: Mapping[str, Slot], where
 def _place(tensor: torch.Tensor, name: str, first: int, slot: Slot) -> Place:
     """Of a tensor whose elements from `first` on are the one of that name."""
     flat = tensor.detach().view(-1)[first : first + slot.kind.shape.numel()]
-    return Place(name, flat, slot.begin, slot.begin + slot.kind.num_bytes, slot.kind.dtype)
+    return Place(name, flat, slot.begin, slot.end, slot.kind.dtype)
 
 
-def _copies(tensors: Mapping[str, torch.Tensor], path: Path) -> list[_Copy]:
-    files = {file: read_slots(file) for file in sorted(path.glob("*.safetensors"))}
-    for file, slots in files.items():
-        end = max((slot.begin + slot.kind.num_bytes for slot in slots.values()), default=0)
-        if file.stat().st_size < end:
-            raise ValueError(f"weights: {file} has {file.stat().st_size} bytes, and {end} by its header")
-    file_of = {name: file for file, slots in files.items() for name in slots}
-    every = {name: slot for slots in files.values() for name, slot in slots.items()}
-    return [copy for place in places(tensors, every, path) for copy in _chunks(place, file_of[place.name])]
-
-
-def _chunks(place: Place, file: Path) -> Iterator[_Copy]:
+def _chunks(place: Place, file: int) -> Iterator[_Copy]:
     itemsize = place.dtype.itemsize
     each = _CHUNK_BYTES // itemsize
     for begin in range(0, len(place.target), each):

@@ -9,7 +9,9 @@ import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -46,6 +48,10 @@ class Slot:
     kind: Kind
     begin: int
 
+    @property
+    def end(self) -> int:
+        return self.begin + self.kind.num_bytes
+
 
 class TensorFileLayout:
     """Header and offsets for these tensors, in the order given, in a file of that name. Alignment is that of each
@@ -72,8 +78,13 @@ class TensorFileLayout:
 def read_slots(path: Path) -> dict[str, Slot]:
     """What the header of one safetensors file says. Raises ValueError for a dtype that is not known here."""
     with path.open("rb") as file:
-        length = file.read(8)
-        return slots_of(length + file.read(int.from_bytes(length, "little")), str(path))
+        return slots_of(read_header(file), str(path))
+
+
+def read_header(file: BinaryIO | FileIO) -> bytes:
+    """From the beginning of an open file, its length included."""
+    length: bytes = file.read(8)
+    return length + file.read(int.from_bytes(length, "little"))
 
 
 def slots_of(header: bytes, where: str = "weights") -> dict[str, Slot]:

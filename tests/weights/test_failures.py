@@ -32,7 +32,7 @@ def test_engine_that_cannot_load_is_named_and_its_work_goes_to_the_others(tmp_pa
 
             replace = weights.replace_from_directory
 
-            def failing(model, path):
+            def failing(model, path, loader=None):
                 if path.name == "v00000003":
                     try:
                         os.close(os.open("broken", os.O_CREAT | os.O_EXCL))
@@ -40,7 +40,7 @@ def test_engine_that_cannot_load_is_named_and_its_work_goes_to_the_others(tmp_pa
                         pass
                     else:
                         raise EngineError("the memory of this engine is broken")
-                replace(model, path)
+                replace(model, path, loader)
 
             weights.replace_from_directory = failing
             episode = single_turn

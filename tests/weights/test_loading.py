@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from flowrl.rollout.embedded import weights as embedded_weights
+from flowrl.rollout.embedded import core
 from flowrl.rollout.embedded.engine import EmbeddedEngine
 from flowrl.rollout.engine import EngineError
 from flowrl.weights.check import check_first_sync, make_zeroed
-from flowrl.weights.loading import load_in_place
+from flowrl.weights.loading import Loader, load_in_place
 from flowrl.weights.publish import Publisher
 from flowrl.weights.store import WeightStore
 
@@ -121,13 +121,13 @@ def test_first_sync_passes_and_leaves_nothing(lively_dir: Path, tmp_path: Path) 
 def test_first_sync_finds_a_tensor_that_loading_skips(
     lively_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def skipping(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-        kept = tensors["model.layers.1.mlp.down_proj.weight"]
-        load_in_place(tensors, path)
-        with torch.no_grad():
-            kept.zero_()
+    class Skipping(Loader):
+        def load(self, path: Path) -> None:
+            super().load(path)
+            with torch.no_grad():
+                self._tensors["model.layers.1.mlp.down_proj.weight"].zero_()
 
-    monkeypatch.setattr(embedded_weights, "load_in_place", skipping)
+    monkeypatch.setattr(core, "Loader", Skipping)
     with pytest.raises(EngineError, match="version 0 loaded in place gives other log-probs"):
         check(lively_dir, tmp_path / "scratch")
 
@@ -135,7 +135,7 @@ def test_first_sync_finds_a_tensor_that_loading_skips(
 def test_first_sync_finds_an_engine_that_loads_nothing(
     lively_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded_weights, "load_in_place", lambda tensors, path: None)
+    monkeypatch.setattr(Loader, "load", lambda self, path: None)
     with pytest.raises(EngineError, match="computes as before after other weights were loaded"):
         check(lively_dir, tmp_path / "scratch")
 

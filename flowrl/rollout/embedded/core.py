@@ -22,6 +22,7 @@ from flowrl.rollout.embedded.slots import SlotTable
 from flowrl.rollout.embedded.waiting import Sequence, WaitingQueue
 from flowrl.rollout.engine import Fill, FinishReason, GenerateRequest, Generation, PauseMode
 from flowrl.rollout.stop_strings import Decode, ends_in_stop, load_decode
+from flowrl.weights.loading import Loader
 
 Finished = tuple[str, Generation]
 
@@ -57,6 +58,8 @@ class EmbeddedCore:
         self._max_batch = max_batch
         self._prefill_tokens = prefill_tokens
         self._runner = Runner(self._model, max_batch, self.max_model_tokens, prefill_tokens)
+        self._state = self._model.state_dict(keep_vars=True)
+        self._loader = Loader(self._state)
         self._slots = SlotTable(max_batch)
         self._waiting = WaitingQueue()
         self._fresh_seeds = np.random.default_rng()
@@ -136,9 +139,9 @@ class EmbeddedCore:
         if isinstance(source, Mapping):
             weights.replace(self._model, source, "the state given")
         elif callable(source):
-            source(self._model.state_dict(keep_vars=True))
+            source(self._state)
         else:
-            weights.replace_from_directory(self._model, source)
+            weights.replace_from_directory(self._model, source, self._loader)
         self.version = version
         self._waiting.forget_progress()
         if mode is PauseMode.RECOMPUTE:

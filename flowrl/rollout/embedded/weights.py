@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from flowrl.rollout.embedded.attention import SLOT_ATTENTION
 from flowrl.rollout.engine import EngineError
 from flowrl.weights.adapters import is_adapter, read_config
-from flowrl.weights.loading import load_in_place
+from flowrl.weights.loading import Loader
 
 
 def load_model(path: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -39,13 +39,14 @@ def load_model(path: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def replace_from_directory(model: PreTrainedModel, path: Path) -> None:
-    """Overwrites the weights by those of `path`. EngineError, with nothing overwritten, if they do not fit."""
+def replace_from_directory(model: PreTrainedModel, path: Path, loader: Loader | None = None) -> None:
+    """Overwrites the weights by those of `path`. loader: the model's, if there is one. EngineError, with nothing
+    overwritten, if they do not fit."""
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise EngineError(f"weights: no *.safetensors in {path}; nothing was replaced")
     try:
-        return load_in_place(model.state_dict(keep_vars=True), path)
+        return (loader or Loader(model.state_dict(keep_vars=True))).load(path)
     except (OSError, ValueError) as error:
         if is_adapter(path):
             raise EngineError(f"{error}; nothing was replaced") from error
