@@ -21,6 +21,7 @@ from safetensors import safe_open
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_CHUNK_ELEMENTS = 1 << 18
 A, B = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -60,10 +61,23 @@ def merge_in_place(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         if name not in tensors or tuple(tensors[name].shape) != wanted or bases.shape(name) != wanted:
             raise ValueError(f"weights: {path} adapts {name} of shape {wanted}, which the model or its base lacks")
     for name, (a_RI, b_OR) in pairs.items():
-        target = tensors[name]
-        delta_OI = b_OR.to(target.device) @ a_RI.to(target.device)
-        change = (delta_OI.T if config.fan_in_fan_out else delta_OI) * (config.lora_alpha / config.r)
-        target.copy_(bases.tensor(name).to(target.device, torch.float32) + change)
+        left_MR, right_RN = (a_RI.T, b_OR.T) if config.fan_in_fan_out else (b_OR, a_RI)
+        _merge(tensors[name], bases.tensor(name), left_MR, right_RN, config.lora_alpha / config.r)
+
+
+def _merge(
+    target_MN: torch.Tensor, base_MN: torch.Tensor, left_MR: torch.Tensor, right_RN: torch.Tensor, scale: float
+) -> None:
+    """A few rows at a time, so that what lies between base and target stays in the cache."""
+    device = target_MN.device
+    right_RN = right_RN.to(device)
+    each = max(1, _CHUNK_ELEMENTS // target_MN.shape[1])
+    scratch = torch.empty(min(each, len(target_MN)), target_MN.shape[1], dtype=torch.float32, device=device)
+    for begin in range(0, len(target_MN), each):
+        rows = slice(begin, begin + each)
+        part = scratch[: len(target_MN[rows])]
+        torch.mm(left_MR[rows].to(device), right_RN, out=part)
+        target_MN[rows].copy_(part.mul_(scale).add_(base_MN[rows].to(device)))
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:

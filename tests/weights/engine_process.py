@@ -1,7 +1,7 @@
 """An engine that is only its weights: `python -m tests.weights.engine_process NAME NUM_RANKS OUT_DIR HOW`.
 
 Receives what is published in OUT_DIR, version after version, until a file `end` is there, and saves each beside it.
-HOW: `follow`; `check`, the first version with corruption and comparison; `die-N` or `hang-N`, when version N is open.
+HOW: `follow`; `check`, the first version with corruption and comparison; `die-N` or `hang-N`, when the Nth is open.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main(name: str, num_ranks: int, out: Path, how: str) -> None:
     (out / f"new-{name}").write_text(json.dumps(news))
     (out / f"new-{name}").rename(out / f"engine-{name}-{os.getpid()}.json")
     assert receiver.meet()
-    last = -1
+    last, count = -1, 0
     while not (out / "end").exists():
         version = max((int(path.name.removeprefix("published-")) for path in out.glob("published-*")), default=-1)
         if version <= last:
@@ -51,9 +51,10 @@ def main(name: str, num_ranks: int, out: Path, how: str) -> None:
         elif not receiver.open(version):
             continue
         else:
-            if how == f"die-{version}":
+            count += 1
+            if how == f"die-{count}":
                 os._exit(9)
-            if how == f"hang-{version}":
+            if how == f"hang-{count}":
                 time.sleep(1000)
             receiver.receive(tensors)
         last = version

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from flowrl.weights.collective.rounds import Rounds, cut
 from flowrl.weights.collective.staging import Staging
 from flowrl.weights.loading import Place
-from tests.weights.test_ranks import ROOT, ranks_dir, start
+from tests.weights.test_ranks import ROOT, ranks_dir
 
 __all__ = ["ranks_dir"]
 NUM_RANKS = 2
@@ -33,16 +33,34 @@ class Party:
 
     def __init__(self, model_dir: Path, out: Path, timeout_s: float) -> None:
         self.out = out
-        self._environment = {"TIMEOUT_S": str(timeout_s)}
-        self.ranks = start("collective", NUM_RANKS, model_dir, out, **self._environment)
-        self.engines: list[subprocess.Popen[str]] = []
+        self._timeout_s = timeout_s
+        self.ranks = [
+            self._start(
+                "rank_process", "collective", str(rank), str(NUM_RANKS), str(model_dir), str(out), log=f"rank-{rank}"
+            )
+            for rank in range(NUM_RANKS)
+        ]
+        self.engines: list[subprocess.Popen[bytes]] = []
 
-    def engine(self, name: str, how: str = "follow") -> subprocess.Popen[str]:
-        arguments = [sys.executable, "-m", "tests.weights.engine_process", name, str(NUM_RANKS), str(self.out), how]
-        environment = os.environ | self._environment | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
-        engine = subprocess.Popen(arguments, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-        self.engines.append(engine)
-        return engine
+    def engine(self, name: str, how: str = "follow") -> subprocess.Popen[bytes]:
+        self.engines.append(self._start("engine_process", name, str(NUM_RANKS), str(self.out), how, log=name))
+        return self.engines[-1]
+
+    def _start(self, module: str, *arguments: str, log: str) -> subprocess.Popen[bytes]:
+        """What it says goes to a file of the directory."""
+        environment = {
+            **os.environ, "TIMEOUT_S": str(self._timeout_s), "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        command = [sys.executable, "-m", f"tests.weights.{module}", *arguments]
+        with (self.out / f"said-{log}").open("ab") as said:
+            return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=said)
+
+    def wait_for_words(self, log: str, words: str) -> None:
+        deadline = time.monotonic() + 60
+        while words not in (said := (self.out / f"said-{log}").read_text()):
+            assert time.monotonic() < deadline, f"waited for {words!r} of {log}, which said {said}"
+            time.sleep(0.05)
 
     def publish(self, version: int) -> None:
         (self.out / f"go-{version}").touch()
@@ -61,16 +79,6 @@ class Party:
         assert served.keys() == gathered.keys()
         assert all(torch.equal(served[key], tensor) for key, tensor in gathered.items())
 
-    def end(self) -> dict[str, tuple[int, str]]:
-        """Exit code and what was said, of each process."""
-        (self.out / "end").touch()
-        names = [f"rank {rank}" for rank in range(NUM_RANKS)] + [f"engine {at}" for at in range(len(self.engines))]
-        found = {}
-        for name, process in zip(names, [*self.ranks, *self.engines], strict=True):
-            errors = process.communicate(timeout=60)[1]
-            found[name] = process.returncode, errors
-        return found
-
 
 @contextmanager
 def party(model_dir: Path, out: Path, timeout_s: float = 20.0) -> Iterator[Party]:
@@ -83,54 +91,28 @@ def party(model_dir: Path, out: Path, timeout_s: float = 20.0) -> Iterator[Party
             process.communicate()
 
 
-def test_engines_receive_what_a_gather_would_give(ranks_dir: Path, tmp_path: Path) -> None:
-    """Two at once, one of which corrupts, receives and compares first, and one that comes late."""
-    with party(ranks_dir, tmp_path) as given:
-        given.engine("a"), given.engine("b", "check")
-        for name in "ab":
+def test_engines_receive_what_a_gather_would_give_whoever_dies(ranks_dir: Path, tmp_path: Path) -> None:
+    """One engine that corrupts, receives and compares first; one that dies while a version is kept for it and comes
+    back, one that hangs then. The trainer waits for none, each side names the other, and at last a rank dies."""
+    with party(ranks_dir, tmp_path, timeout_s=4.0) as given:
+        steady, dies = given.engine("a", "check"), given.engine("dies", "die-1")
+        given.engine("hangs", "hang-2")
+        assert dies.wait(60) == 9
+        for name in ("a", "hangs"):
             given.wait(tmp_path / f"served-{name}-0.safetensors")
-        for version in (1, 2, 3):
-            given.publish(version)
-            for name in "ab":
-                given.assert_served(name, version)
-        given.engine("late")
-        given.assert_served("late", 3)
-        given.publish(4)
-        for name in ("a", "b", "late"):
-            given.assert_served(name, 4)
-        assert all(code == 0 for code, _ in given.end().values()), given.end()
-
-
-def test_engine_that_dies_or_hangs_is_named_and_holds_nobody_up(ranks_dir: Path, tmp_path: Path) -> None:
-    with party(ranks_dir, tmp_path, timeout_s=3.0) as given:
-        given.engine("a")
-        given.wait(tmp_path / "served-a-0.safetensors")
-        given.engine("dies", "die-0")
-        given.engine("hangs", "hang-1")
-        given.wait(tmp_path / "served-hangs-0.safetensors")
         for version in range(1, 6):
             given.publish(version)
         assert max(float(path.read_text()) for path in tmp_path.glob("pause-*")) < 2.0, "the trainer has waited"
         given.assert_served("a", 5)
         given.engine("dies")  # as its controller would start it again
         given.assert_served("dies", 5)
-        given.engines[2].kill()
-        found = given.end()
         for rank in range(NUM_RANKS):
-            code, said = found[f"rank {rank}"]
-            assert code == 0
-            assert "engine dies gets no more from rank" in said and "engine hangs gets no more from rank" in said
-
-
-def test_engine_names_a_trainer_rank_that_has_died(ranks_dir: Path, tmp_path: Path) -> None:
-    with party(ranks_dir, tmp_path, timeout_s=3.0) as given:
-        engine = given.engine("a")
-        given.wait(tmp_path / "served-a-0.safetensors")
+            for name in ("dies", "hangs"):
+                given.wait_for_words(f"rank-{rank}", f"engine {name} gets no more from rank {rank}: ")
         given.ranks[1].kill()
-        given.ranks[1].wait()
-        (tmp_path / "published-1").touch()
-        _, said = engine.communicate(timeout=30)
-        assert engine.returncode != 0 and "PeerLost: trainer ranks [0] did not answer for version 1" in said
+        (tmp_path / "published-6").touch()
+        assert steady.wait(60) != 0
+        given.wait_for_words("a", "PeerLost: trainer ranks [0] did not answer for version 6")
 
 
 ranges = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 40)), min_size=1, max_size=6)
