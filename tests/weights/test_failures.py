@@ -22,7 +22,7 @@ QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_engine_that_cannot_load_is_named_and_its_work_goes_to_the_others(tmp_path: Path) -> None:
-    """One of two engines, once, at the third version: from code of the user's, which the engine's process imports."""
+    """One of two engines, once, when it follows: from code of the user's, which the engine's process imports."""
     (tmp_path / "broken.py").write_text(
         textwrap.dedent("""
             import os
@@ -33,7 +33,7 @@ def test_engine_that_cannot_load_is_named_and_its_work_goes_to_the_others(tmp_pa
             replace = weights.replace_from_directory
 
             def failing(model, path, loader=None):
-                if path.name == "v00000003":
+                if path.name.startswith("v") and int(path.name[1:]) >= 2:
                     try:
                         os.close(os.open("broken", os.O_CREAT | os.O_EXCL))
                     except FileExistsError:
@@ -55,8 +55,8 @@ def test_engine_that_cannot_load_is_named_and_its_work_goes_to_the_others(tmp_pa
         cwd=tmp_path,
     )  # fmt: skip
     assert code == 0, output
-    (line,) = [line for line in output.splitlines() if "the memory of this engine is broken" in line]
-    assert "rollout.0." in line and "restart 1" in line
+    lines = [line for line in output.splitlines() if "the memory of this engine is broken" in line]
+    assert len(lines) == 1 and "rollout.0." in lines[0] and "restart 1" in lines[0], output
     log = events(tmp_path / "runs" / "small")
     trained = [tuple(event["key"]) for event in log if event["kind"] == "trained"]
     assert len(trained) == len(set(trained)) == 12 * 64
