@@ -39,11 +39,11 @@ class PointFigures:
         record = RunRecord.read(run)
         reward = record.first_series("critic/score/mean", "critic/rewards/mean")
         step_s = record.series("timing_s/step")
-        throughput = record.series("perf/throughput")
+        num_tokens = record.series("perf/total_num_tokens")
         began = reward.t[0] - step_s.value[0] if len(reward) and len(step_s) else 0.0
         training_s = float(reward.t[-1] - began) if len(reward) else None
         last = reward.value[-max(1, round(len(reward) * FINAL)) :]
-        tokens = float((throughput.value * step_s.value).sum()) if len(throughput) == len(step_s) else 0.0
+        tokens = float(num_tokens.value.sum()) if len(num_tokens) else 0.0
         summary = record.summary
         return cls(
             updates=int(reward.step[-1]) if len(reward) else 0,

@@ -67,6 +67,7 @@ class BatchMetrics:
         return found | {
             "response_length/clip_ratio": totals["clipped"] / num_rows,
             "frac_reward_zero_std": totals["tied_groups"] * self._group_size / num_rows,
+            "perf/total_num_tokens": totals["tokens"],
             "perf/throughput": totals["tokens"] / step_s / world.size,
             "timing_s/step": step_s,
             "timing_s/wait_for_rows": wait_s,

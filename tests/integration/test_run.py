@@ -56,6 +56,7 @@ def test_metrics_have_the_names_of_the_field(finished_run: tuple[Path, str]) -> 
         "frac_reward_zero_std",
         "perf/tflops/actor",
         "perf/throughput",
+        "perf/total_num_tokens",
         "response_length/mean",
         "timing_s/step",
         "training/off_policy/trajectory_staleness/max",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +15,9 @@ from tests.trainer.ranks import process, sum_until_one_dies
 
 
 def test_rank_whose_neighbour_died_fails_and_does_not_hang(tmp_path: Path) -> None:
-    """Rank 0 sums with rank 1 once; then rank 1 dies without a word, and rank 0 says how its next sum ended."""
+    """Rank 0 sums with rank 1 once; then rank 1 dies without a word, and rank 0 says how soon its next sum ended."""
     port = free_port()
     ranks = [process(sum_until_one_dies, rank, port, tmp_path) for rank in range(2)]
-    started = time.monotonic()
     try:
         for rank in ranks:
             rank.start()
@@ -30,8 +28,7 @@ def test_rank_whose_neighbour_died_fails_and_does_not_hang(tmp_path: Path) -> No
         for rank in ranks:
             rank.kill()
             rank.join()
-    assert (tmp_path / "ended").read_text() == "refused"
-    assert time.monotonic() - started < 45
+    assert float((tmp_path / "refused_s").read_text()) < 30
 
 
 def test_rank_outside_the_world_is_refused() -> None:
