@@ -1,7 +1,9 @@
 # make quickstart | test | test-slow | test-sglang | check | fmt | bench
 # PYTHON: the interpreter the environment is made with. TORCH: what pip installs as torch (for a CUDA build of your own,
 # say TORCH=torch==2.11.0, or TORCH= to keep what the interpreter already has: then the environment sees its packages).
+# TEST_JOBS: how many test files run at a time.
 PYTHON ?= python3
+TEST_JOBS ?= 2
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +15,7 @@ quickstart: $(STAMP)
 	$(BIN)/flowrl run recipes/quickstart.yaml run.name=quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: $(STAMP)-dev
-	$(BIN)/python -m pytest -m "not sglang and not slow"
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile -m "not sglang and not slow"
 
 test-slow: $(STAMP)-dev
 	$(BIN)/python -m pytest -m slow
