@@ -108,6 +108,15 @@ def test_samples_of_one_prompt_share_a_server_until_it_is_too_busy() -> None:
     assert abs(router.num_running[0] - router.num_running[1]) <= 8
 
 
+def test_a_conversation_goes_on_where_its_beginning_is_cached() -> None:
+    router = Router(3)
+    turns = [tuple(range(start, start + 100)) for start in (0, 1000, 2000)]
+    assert [router.choose(turn) for turn in turns] == [0, 1, 2]
+    for server in range(3):
+        router.leave(server)
+    assert [router.choose((*turn, *range(50))) for turn in reversed(turns)] == [2, 1, 0]
+
+
 def test_groups_whose_rewards_are_all_equal_are_tied() -> None:
     keys = tuple(RowKey("train", group, index) for group in range(3) for index in range(2))
     rewards = np.array([1.0, 1.0, 0.0, 1.0, 0.5, 0.5], dtype=np.float32)
