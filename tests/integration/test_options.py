@@ -32,11 +32,6 @@ def test_two_trainer_ranks_of_one_node_share_an_update(tmp_path: Path) -> None:
     assert (run / "checkpoints" / "step_6").is_dir()
 
 
-def test_weights_can_go_by_a_directory_on_disk(tmp_path: Path) -> None:
-    ran(tmp_path, "weights.transport=disk", f"weights.dir={tmp_path}/weights")
-    assert list((tmp_path / "weights" / "small").glob("v*/model.safetensors"))
-
-
 def test_weights_can_go_straight_into_engines(tmp_path: Path) -> None:
     """Two trainer ranks, two engines, checked at the first synchronisation; versions lie nowhere but where evaluation
     takes them."""
@@ -46,12 +41,12 @@ def test_weights_can_go_straight_into_engines(tmp_path: Path) -> None:
     )  # fmt: skip
     log = events(run)
     versions = {version for event in log if event["kind"] == "sampled" for version, _ in event["versions"]}
-    assert len(versions) > 2 and {event["version"] for event in log if event["kind"] == "published"} == set(range(7))
+    assert max(versions) >= 3 and {event["version"] for event in log if event["kind"] == "published"} == set(range(7))
     summary = json.loads((run / "summary.json").read_text())
     assert summary["accuracy_after"] is not None
 
 
-def test_adapters_alone_go_to_engines(tmp_path: Path) -> None:
+def test_adapters_alone_go_to_engines_by_a_directory_on_disk(tmp_path: Path) -> None:
     run, _ = ran(tmp_path, "model.lora={rank: 4}", "pools.train.workers=2", "weights.transport=disk",
         f"weights.dir={tmp_path}/weights")  # fmt: skip
     versions = sorted((tmp_path / "weights" / "small").glob("v*"))
