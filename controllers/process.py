@@ -16,7 +16,7 @@ import msgspec
 
 from controllers.messages import WorkerSpec
 from controllers.nursery import Nursery
-from controllers.placement import HOST_DEVICE
+from controllers.placement import HOST_DEVICE, backing_device
 from controllers.reaper import Reaper
 from controllers.topology import without_torchrun
 from controllers.worker import THREAD_VARIABLES
@@ -79,7 +79,7 @@ class WorkerProcess:
 
 
 def _can_be_born(spec: WorkerSpec, nursery: Nursery) -> bool:
-    is_on_host = all(device == HOST_DEVICE for device in spec.devices)
+    is_on_host = all(backing_device(device) == HOST_DEVICE for device in spec.devices)
     return is_on_host and spec.target.partition(":")[0] in nursery.modules
 
 
