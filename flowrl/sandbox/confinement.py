@@ -13,6 +13,8 @@ import signal
 from collections.abc import Iterable
 from typing import TypedDict
 
+from flowrl.sandbox.calls import refuse_calls
+
 STEP_FAILED = 125
 
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
@@ -172,7 +174,7 @@ def _show(path: str, target: str) -> None:
 
 
 def drop(job: Job) -> None:
-    """In the code's own process: its limits, and no privilege left to raise them."""
+    """In the code's own process: its limits, no privilege left to raise them, no call that goes around them."""
     bounds = {
         resource.RLIMIT_CPU: job["cpu_s"],
         resource.RLIMIT_AS: job["memory_bytes"],
@@ -196,6 +198,7 @@ def drop(job: Job) -> None:
     _call("no new privileges", _libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     _give_up_capabilities()
     _call("parent-death signal", _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+    _call("system call filter", refuse_calls(_libc))
 
 
 def _give_up_capabilities() -> None:
