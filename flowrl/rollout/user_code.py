@@ -214,11 +214,16 @@ class LoopThread:
                 task.cancel()
             if tasks:
                 self._loop.run_until_complete(asyncio.wait(tasks, timeout=PATIENCE_S))
+            self._loop.run_until_complete(asyncio.sleep(0))  # for what was submitted and has not begun
         finally:
             self._loop.close()
 
     def _start(self, coroutine: Coroutine[Any, Any, Any], label: str, future: Future[Any]) -> None:
+        if future.done():
+            coroutine.close()
+            return
         task = self._loop.create_task(_guarded(coroutine), name=label)
+        task.add_done_callback(lambda _: coroutine.close())  # one that was cancelled before its first step
         future.add_done_callback(lambda done: self._cancel(task) if done.cancelled() else None)
         task.add_done_callback(lambda done: self._hand_over(done, future))
 

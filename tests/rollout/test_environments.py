@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +293,25 @@ def test_what_a_call_raises_comes_with_its_cause() -> None:
         with pytest.raises(CallFailed, match=r"mine: raised KeyError\('x'\)") as caught:
             asyncio.run(call(function))
         assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_call_given_up_before_it_began_leaves_nothing_behind() -> None:
+    """A coroutine that nobody awaits is a warning, and warnings are errors here."""
+
+    async def work() -> None:
+        await asyncio.sleep(0)
+
+    async def close_at_once() -> None:
+        calls = UserCode()
+        begun = asyncio.create_task(calls.call("mine", work, timeout_s=5.0))
+        await asyncio.sleep(0)
+        calls.close()
+        with suppress(CallTimedOut):
+            await begun
+
+    for _ in range(50):
+        asyncio.run(close_at_once())
+    gc.collect()
 
 
 class Incomplete:
