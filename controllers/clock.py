@@ -52,6 +52,7 @@ class ClockService:
                 settings.version,
                 settings.incarnation,
                 awaited_shards=peers.num_nodes if settings.is_restored else 0,
+                surplus_rows=settings.surplus_rows,
             )
             self._members = Membership(self._accounts)
             self._seen_changes = self._accounts.changes

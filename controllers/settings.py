@@ -33,12 +33,14 @@ class WorkerSettings(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class QueueSettings:
-    """batch_rows: of an update; max_staleness: in versions. version, incarnation: where the clock starts. is_restored:
-    shards begin with the rows of a checkpoint, and nothing is admitted before all of them have. byte_limit, on each
-    shard; lease_s, late, max_attempts: as in transfer_queue.config.QueueConfig."""
+    """batch_rows: of an update; max_staleness: in versions; surplus_rows: as in transfer_queue.staleness. version,
+    incarnation: where the clock starts. is_restored: shards begin with the rows of a checkpoint, and nothing is admitted
+    before all of them have. byte_limit, on each shard; lease_s, late, max_attempts: as in
+    transfer_queue.config.QueueConfig."""
 
     batch_rows: int
     max_staleness: int
+    surplus_rows: int = 0
     version: int = 0
     incarnation: int = 0
     is_restored: bool = False

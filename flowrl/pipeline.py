@@ -281,6 +281,7 @@ def controller_settings(built: Pipeline, run_dir: Path, life: Life) -> Controlle
         queue=QueueSettings(
             batch_rows=recipe.train.batch_groups * recipe.rollout.group_size,
             max_staleness=recipe.staleness.max,
+            surplus_rows=recipe.rollout.oversampling * recipe.rollout.group_size,
             version=life.step,
             incarnation=life.number,
             is_restored=bool(life.restore_from),

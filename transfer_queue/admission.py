@@ -90,6 +90,7 @@ class Admission:
         )
         for group in groups:
             core.log("reserved", group, producer=group.producer, version=version)
+        core.has_overdue |= deadline < core.clock.snapshot().version
         reservations = [
             wire.Reservation(g.partition, g.number, g.attempt, g.size, g.version, g.deadline) for g in groups
         ]

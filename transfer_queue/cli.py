@@ -20,7 +20,7 @@ from transfer_queue.errors import QueueError
 from transfer_queue.metrics import prometheus
 from transfer_queue.rows import Rows
 from transfer_queue.staleness import Accounts
-from transfer_queue.standalone import consumer_from, make_server, metrics_page, read_settings
+from transfer_queue.standalone import ACCOUNTS, consumer_from, make_server, metrics_page, read_settings
 
 DRAINED_ROWS = 1024
 
@@ -73,13 +73,14 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_serve(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--endpoint", help="ipc://PATH or tcp://HOST:PORT (* lets the system choose the port)")
-    serve.add_argument("--config", type=Path, help="JSON: fields of QueueConfig, batch_rows, max_staleness")
+    serve.add_argument("--config", type=Path, help="JSON: fields of QueueConfig, and of its accounts")
     serve.add_argument(
         "--consumer", action="append", default=[], metavar="NAME=COLUMN,…[:group|:training]",
         help="who reads which columns; once for each",
     )  # fmt: skip
     serve.add_argument("--batch-rows", type=int, help="rows of an update of the training consumer")
     serve.add_argument("--max-staleness", type=int, help="updates by which a row may be older")
+    serve.add_argument("--surplus-rows", type=int, help="rows admitted beyond those that updates have room for (0)")
     serve.add_argument("--byte-limit", type=int, help="bytes that rows may take")
     serve.add_argument("--save-dir", metavar="DIRECTORY", help="below which `save` may write")
     serve.add_argument("--shard", metavar="K/N", help="this one's number, from 0, and how many there may be (0/1)")
@@ -92,6 +93,9 @@ def _add_clock(clock: argparse.ArgumentParser) -> None:
     clock.add_argument("--endpoint", required=True, help="ipc://PATH or tcp://HOST:PORT (* lets the system choose)")
     clock.add_argument("--batch-rows", type=int, required=True, help="rows of an update of the training consumer")
     clock.add_argument("--max-staleness", type=int, required=True, help="updates by which a row may be older")
+    clock.add_argument(
+        "--surplus-rows", type=int, default=0, help="rows admitted beyond those that updates have room for (0)"
+    )
     clock.set_defaults(run=run_clock)
 
 
@@ -100,7 +104,7 @@ def _add_clock(clock: argparse.ArgumentParser) -> None:
 
 def run_serve(given: argparse.Namespace) -> int:
     settings = read_settings(given.config) if given.config else {}
-    for name in ("endpoint", "batch_rows", "max_staleness", "byte_limit", "save_dir", "clock"):
+    for name in ("endpoint", *ACCOUNTS, "byte_limit", "save_dir", "clock"):
         if getattr(given, name) is not None:
             settings[name] = getattr(given, name)
     if given.shard is not None:
@@ -125,7 +129,7 @@ def run_serve(given: argparse.Namespace) -> int:
 
 
 def run_clock(given: argparse.Namespace) -> int:
-    accounts = Accounts(given.batch_rows, given.max_staleness)
+    accounts = Accounts(given.batch_rows, given.max_staleness, surplus_rows=given.surplus_rows)
     server = ClockServer(given.endpoint, accounts, secret_of(given) if given.secret_file else "")
     with ExitStack() as stack:
         stack.callback(server.close)

@@ -40,11 +40,13 @@ from transfer_queue.staleness import Accounts
 
 
 class Clock(Protocol):
-    """batch_rows, max_staleness: None until the clock has been heard. `on_change` is called whenever something that was
-    refused may be granted now; the shard sets it. `socket` becomes readable when `receive` has something to do."""
+    """batch_rows, max_staleness: None until the clock has been heard; surplus_rows: 0. `on_change` is called whenever
+    something that was refused may be granted now; the shard sets it. `socket` becomes readable when `receive` has
+    something to do."""
 
     batch_rows: int | None
     max_staleness: int | None
+    surplus_rows: int
     on_change: Callable[[], None]
     socket: zmq.Socket | None
 
@@ -94,6 +96,7 @@ class LocalClock:
         self.accounts = accounts
         self.batch_rows: int | None = accounts.batch_rows
         self.max_staleness: int | None = accounts.max_staleness
+        self.surplus_rows = accounts.surplus_rows
         self.on_change: Callable[[], None] = _nobody
         self._seen = accounts.changes
 
@@ -167,6 +170,7 @@ class DistantClock:
     def __init__(self, shard: str, send: Callable[[AnyClockRequest], None]) -> None:
         self.batch_rows: int | None = None
         self.max_staleness: int | None = None
+        self.surplus_rows = 0
         self.on_change: Callable[[], None] = _nobody
         self._state = ClockState(0, 0, 0, -1)
         self._ids = itertools.count(1)
@@ -242,6 +246,7 @@ class DistantClock:
     def _greet(self, reply: ClockReply) -> None:
         self.batch_rows = reply.batch_rows
         self.max_staleness = reply.max_staleness
+        self.surplus_rows = reply.surplus_rows
         self.on_change()
 
     def _ask(self, request: AnyClockRequest, reply: Callable[[ClockReply], None]) -> None:

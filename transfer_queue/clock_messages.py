@@ -100,7 +100,8 @@ class ClockState(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class ClockReply(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """granted: entries, groups, or whether. turn: to a Turn, the deadline up to which to drop."""
+    """granted: entries, groups, or whether. turn: to a Turn, the deadline up to which to drop. batch_rows,
+    max_staleness, surplus_rows: of the accounts, and always the same."""
 
     id: int
     granted: int
@@ -108,6 +109,7 @@ class ClockReply(msgspec.Struct, frozen=True, array_like=True, tag=True):
     batch_rows: int
     max_staleness: int
     turn: int = NOT_BLOCKED
+    surplus_rows: int = 0
 
 
 AnyClockRequest = Hello | Admit | Claim | CloseUpdate | Begin | Shift | Retire | Turn | EndTurn | Unclaim
@@ -165,7 +167,7 @@ def serve_clock_request(accounts: Accounts, request: AnyClockRequest, num_shards
             return None
     return ClockReply(
         request.id, granted, clock_state(accounts), accounts.batch_rows, accounts.max_staleness,
-        NOT_BLOCKED if turn is None else turn,
+        NOT_BLOCKED if turn is None else turn, accounts.surplus_rows,
     )  # fmt: skip
 
 

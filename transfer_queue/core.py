@@ -31,7 +31,8 @@ Events = Callable[[str, RowKey, dict[str, Any]], None]
 
 class Core:
     """changes: counts what makes a refused claim or reservation worth another try. room: the same for reservations
-    alone: memory, announcements, groups to be reserved anew. now: seconds, as of the request in hand."""
+    alone: memory, announcements, groups to be reserved anew. has_overdue: whether there may be groups whose deadline
+    has passed though the version has not moved since they were looked for. now: seconds, as of the request in hand."""
 
     def __init__(self, config: QueueConfig, clock: Clock, send: Send, events: Events | None, space: Space) -> None:
         self.config = config
@@ -53,6 +54,7 @@ class Core:
         self.versions: dict[str, int] = {}
         self.changes = 0
         self.room = 0
+        self.has_overdue = False
         self.now = 0.0
         self.incarnation = 0
         self.durability: Durability | None = None

@@ -290,7 +290,20 @@ class Ledger:
 
     def drop_late(self, groups: Sequence[Group]) -> list[Retired]:
         """They keep ready ones waiting. Their prompts are tried again, up to `max_attempts` times."""
-        retired = self.end(groups, State.DROPPED, "late")
+        return self._drop_for_now(groups, "late")
+
+    def due_before(self, lane: Lane, version: int) -> list[Group]:
+        """Groups that no update took and none may take any more, PENDING ones among them. Walks the partition."""
+        groups = self.partitions[lane.spec.partition].groups.values()
+        due = (group for group in groups if group.deadline < version and group.claim in (None, PENDING))
+        return [group for group in due if group.progress[lane.position].done != group.all]
+
+    def drop_overdue(self, groups: Sequence[Group]) -> list[Retired]:
+        """Those of them that are not PENDING; their prompts are tried again, up to `max_attempts` times."""
+        return self._drop_for_now([group for group in groups if group.claim is None], "surplus")
+
+    def _drop_for_now(self, groups: Sequence[Group], reason: str) -> list[Retired]:
+        retired = self.end(groups, State.DROPPED, reason)
         self._try_again(retired)
         return retired
 

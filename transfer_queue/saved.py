@@ -179,7 +179,7 @@ class Restoration:
         not be are not admissible either."""
         fitting, shed = [], []
         version = clock.snapshot().version
-        accounts = Accounts(clock.batch_rows or 1, clock.max_staleness or 0, version)
+        accounts = Accounts(clock.batch_rows or 1, clock.max_staleness or 0, version, surplus_rows=clock.surplus_rows)
         for known in self._saved.groups():
             partition = ledger.partitions.get(known.partition)
             if partition is None:

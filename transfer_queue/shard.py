@@ -155,6 +155,7 @@ class Shard:
                 "is_broken": state.is_broken,
                 "batch_rows": core.clock.batch_rows,
                 "max_staleness": core.clock.max_staleness,
+                "surplus_rows": core.clock.surplus_rows,
             },
             "byte_limit": core.config.byte_limit,
             "producers": dict(core.versions),

@@ -4,10 +4,12 @@ Version v: the policy after v updates. B rows make an update. A row's *deadline*
 it may be consumed in no update after its deadline. O(d): rows reserved, running or ready, outside the update, with a
 deadline of at most d. f: rows already in update v. What holds at all times, for every d >= v - 1:
 
-    O(d) + f <= (d - v + 1)·B         (f = 0 where d = v - 1: nothing outstanding is overdue)
+    O(d) + f <= (d - v + 1)·B + S     (f = 0 where d = v - 1),    f <= B
 
-that is, all rows due by d fit into the updates up to d. `admit` and `claim` refuse whatever would break it. `ledger.py`
-says which rows these are; one `Accounts` serves all shards.
+that is, all rows due by d fit into the updates up to d, but for the *surplus*: S rows at most, 0 unless told otherwise,
+which are admitted although nothing promises them a place. Which ones they are shows when an update is full without
+them: what is overdue then, S rows at most, is never claimed, and its shards retire it. `admit` and `claim` refuse
+whatever would break this. `ledger.py` says which rows these are; one `Accounts` serves all shards.
 """
 
 from __future__ import annotations
@@ -27,13 +29,22 @@ class Accounts:
     dropping, because one group is enough: is_turn_given from `give_turn` to `end_turn`."""
 
     def __init__(
-        self, batch_rows: int, max_staleness: int, version: int = 0, incarnation: int = 0, awaited_shards: int = 0
+        self,
+        batch_rows: int,
+        max_staleness: int,
+        version: int = 0,
+        incarnation: int = 0,
+        awaited_shards: int = 0,
+        surplus_rows: int = 0,
     ) -> None:
         if batch_rows < 1:
             raise ValueError(f"batch_rows: {batch_rows}; must be at least 1")
         if max_staleness < 0:
             raise ValueError(f"max_staleness: {max_staleness}; must not be negative")
+        if surplus_rows < 0:
+            raise ValueError(f"surplus_rows: {surplus_rows}; must not be negative")
         self.batch_rows = batch_rows
+        self.surplus_rows = surplus_rows
         self.max_staleness = max_staleness
         self.version = version
         self.filled = 0
@@ -54,8 +65,8 @@ class Accounts:
         return sum(rows for due, rows in self.outstanding.items() if due <= deadline)
 
     def admissible(self, deadline: int, rows: int) -> bool:
-        """For every d from the deadline on: O(d) + f + rows <= (d - v + 1)·B. O only steps at deadlines in use."""
-        if not self.is_granting or deadline > self.version + self.max_staleness:
+        """For every d from the deadline on: O(d) + f + rows <= (d - v + 1)·B + S. O only steps at deadlines in use."""
+        if not self.is_granting or not self.version <= deadline <= self.version + self.max_staleness:
             return False
         later = [due for due in self.outstanding if due > deadline]
         return all(self._has_room(due, rows) for due in (deadline, *later))
@@ -79,8 +90,10 @@ class Accounts:
         return next((d for d in steps if self.version <= d < deadline and not self._has_room(d, rows)), None)
 
     def claimable(self, deadline: int, rows: int) -> bool:
-        """For every d in [v, deadline): O(d) + f + rows <= (d - v + 1)·B."""
-        return self.is_granting and deadline >= self.version and self.blocked_at(deadline, rows) is None
+        """For every d in [v, deadline): O(d) + f + rows <= (d - v + 1)·B + S; and the update has room."""
+        if not self.is_granting or deadline < self.version or self.filled + rows > self.batch_rows:
+            return False
+        return self.blocked_at(deadline, rows) is None
 
     def claim(self, deadline: int, rows: int) -> None:
         """Moves outstanding rows into update v; v advances when that is full."""
@@ -114,8 +127,9 @@ class Accounts:
 
     def can_close(self) -> bool:
         """Whether update v may end with the rows it has: there are some, and what is outstanding fits into the updates
-        after it, for every d >= v: O(d) <= (d - v)·B."""
-        fits = all(self.due_by(d) <= (d - self.version) * self.batch_rows for d in (self.version, *self.outstanding))
+        after it, for every d >= v: O(d) <= (d - v)·B + S."""
+        due = {self.version, *(due for due in self.outstanding if due > self.version)}
+        fits = all(self.due_by(d) <= (d - self.version) * self.batch_rows + self.surplus_rows for d in due)
         return self.filled > 0 and fits and self.is_granting
 
     def close(self, update: int, incarnation: int) -> bool:
@@ -200,7 +214,7 @@ class Accounts:
         self.refused = None
 
     def _has_room(self, d: int, rows: int) -> bool:
-        return self.due_by(d) + self.filled + rows <= (d - self.version + 1) * self.batch_rows
+        return self.due_by(d) + self.filled + rows <= (d - self.version + 1) * self.batch_rows + self.surplus_rows
 
     def _add(self, deadline: int, rows: int) -> None:
         self.outstanding[deadline] = self.outstanding.get(deadline, 0) + rows

@@ -21,18 +21,20 @@ from transfer_queue.server import QueueServer
 from transfer_queue.staleness import Accounts
 
 METRICS_TIMEOUT_S = 5.0
+NEEDED = ("batch_rows", "max_staleness")
+ACCOUNTS = (*NEEDED, "surplus_rows")
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """A JSON object with fields of QueueConfig and, where a consumer is training, batch_rows and max_staleness or the
-    address of a clock."""
+    """A JSON object with fields of QueueConfig and, where a consumer is training, those of `ACCOUNTS` or the address of
+    a clock."""
     try:
         settings = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except FileNotFoundError:
         raise ValueError(f"config: {str(path)!r}; there is no such file") from None
     except msgspec.MsgspecError as error:
         raise ValueError(f"config: {str(path)!r} is no JSON object: {error}") from error
-    known = {*QueueConfig.__dataclass_fields__, "batch_rows", "max_staleness", "clock"}
+    known = {*QueueConfig.__dataclass_fields__, *ACCOUNTS, "clock"}
     unknown = sorted(set(settings) - known)
     if unknown:
         raise ValueError(f"config: {str(path)!r} has {unknown}; known are {sorted(known)}")
@@ -43,7 +45,7 @@ def make_server(settings: Mapping[str, Any]) -> QueueServer:
     """Raises ValueError, naming field, value and rule."""
     given = dict(settings)
     given.pop("clock", None)
-    clock = {name: given.pop(name) for name in ("batch_rows", "max_staleness") if name in given}
+    clock = {name: given.pop(name) for name in ACCOUNTS if name in given}
     try:
         config = msgspec.convert(given, QueueConfig)
     except msgspec.ValidationError as error:
@@ -54,12 +56,12 @@ def make_server(settings: Mapping[str, Any]) -> QueueServer:
         name = f"shard-{config.first_group}"
         return QueueServer(config, RemoteClock(str(given_clock), name, secret=config.secret))
     is_training = any(spec.training for spec in config.consumers.values())
-    if is_training and len(clock) < 2:
-        raise ValueError(f"batch_rows, max_staleness: {clock}; a training consumer needs both")
+    if is_training and not set(NEEDED) <= set(clock):
+        raise ValueError(f"{', '.join(NEEDED)}: {clock}; a training consumer needs both")
     for name, value in clock.items():
         if not isinstance(value, int):
             raise ValueError(f"{name}: {value!r}; must be a whole number")
-    return QueueServer(config, LocalClock(Accounts(clock.get("batch_rows", 1), clock.get("max_staleness", 0))))
+    return QueueServer(config, LocalClock(Accounts(**({"batch_rows": 1, "max_staleness": 0} | clock))))
 
 
 def consumer_from(text: str) -> tuple[str, ConsumerSpec]:

@@ -86,12 +86,14 @@ def check_reward_of_episodes(recipe: Recipe) -> None:
 def refuse_incomplete_shares(recipe: Recipe) -> None:
     """Where engines hand over whole shares, no group may be replaced underway."""
     rollout = recipe.rollout
-    if hands_over_batches(recipe) and (rollout.filter_tied or rollout.redundancy):
-        name, value = ("filter_tied", True) if rollout.filter_tied else ("redundancy", rollout.redundancy)
-        raise ValueError(
-            f"rollout.{name}: {value}; rollout.handover=batch and run.determinism=strict hand over shares that are "
-            "settled from the start"
-        )
+    if not hands_over_batches(recipe):
+        return
+    for name in ("filter_tied", "oversampling", "redundancy"):
+        if getattr(rollout, name):
+            raise ValueError(
+                f"rollout.{name}: {getattr(rollout, name)}; rollout.handover=batch and run.determinism=strict hand "
+                "over shares that are settled from the start"
+            )
 
 
 def refuse_readers_without_files(recipe: Recipe) -> None:

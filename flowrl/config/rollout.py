@@ -24,8 +24,9 @@ class RolloutConfig:
 
     servers: SGLang servers that each engine launches; urls: those that run already, instead. stop_strings: end a
     response, with the token that completes one. filter_tied: a group whose rewards are all equal teaches nothing, is
-    dropped and replaced by another prompt's. redundancy: samples a group beyond group_size, of which the first
-    group_size to end are kept; this favours short responses.
+    dropped and replaced by another prompt's. oversampling: groups beyond those that updates have room for; what
+    is left over of them at its deadline is dropped. redundancy: samples a group beyond group_size, of which the first
+    group_size to end are kept. Both favour short responses.
 
     episode: `single_turn`, `multi_turn` (with `tools`), `environment`, or yours by dotted path. max_tokens: of a whole
     response, all turns and what tools and environment say; turn_tokens: of one turn; max_turns: of an episode.
@@ -46,6 +47,7 @@ class RolloutConfig:
     urls: list[str] = field(default_factory=list)
     stop_strings: list[str] = field(default_factory=list)
     filter_tied: bool = False
+    oversampling: int = 0
     redundancy: int = 0
     handover: str = "stream"
     turn_tokens: int | None = None
@@ -67,7 +69,8 @@ class RolloutConfig:
         check_positive("rollout.temperature", self.temperature)
         check_episode(self)
         check_servers(self)
-        check_at_least("rollout.redundancy", self.redundancy, 0)
+        for name in ("oversampling", "redundancy"):
+            check_at_least(f"rollout.{name}", getattr(self, name), 0)
         if "" in self.stop_strings:
             raise ValueError(f"rollout.stop_strings: {self.stop_strings}; an empty one ends every response at once")
         if self.filter_tied and self.group_size == 1:
@@ -123,12 +126,16 @@ def check_episode(rollout: RolloutConfig) -> None:
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     """name: a reward of ours; `episode`: the one that the episode itself gives. path: yours, `file.py:function` or
-    `package.module:function`, taking `(data_source, solution_str, ground_truth, extra_info)`. One of the two."""
+    `package.module:function`, taking `(data_source, solution_str, ground_truth, extra_info)`. One of the two.
+    concurrency: rows that are scored at once, each in a call and a thread of its own, where a call takes long (a judge,
+    a program to be run); 1 scores what is ready one row after the other."""
 
     name: str | None = None
     path: str | None = None
+    concurrency: int = 1
 
     def __post_init__(self) -> None:
+        check_at_least("reward.concurrency", self.concurrency, 1)
         if (self.name is None) == (self.path is None):
             raise ValueError(f"reward: name={self.name!r}, path={self.path!r}; exactly one of the two must be given")
         if self.path is not None:

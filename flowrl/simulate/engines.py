@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from functools import partial
 
+from flowrl.rollout.scheduling.surplus import is_overdue
 from flowrl.simulate.outcome import Record
 from flowrl.simulate.world import NEVER_S, NO_COLUMNS, World
 from transfer_queue import wire
@@ -26,6 +27,7 @@ class SleepingEngine:
         self._dice = dice
         self._life = 0
         self._running: dict[tuple[int, int], int] = {}
+        self._deadlines: dict[tuple[int, int], int] = {}
         self._asked: int | None = None
         self._version = 0
         self._newest = 0
@@ -45,7 +47,13 @@ class SleepingEngine:
         if life == self._life and self._version < self._newest:
             self._version = self._newest
             self._loads_until = self._world.now + self._setting.load_s
+            self._give_up_overdue()
             self._world.at(self._setting.load_s, partial(self._announce, life))
+
+    def _give_up_overdue(self) -> None:
+        """No update can hold these any more; the shard drops them too, or has already."""
+        for name in [name for name in self._running if is_overdue(self._deadlines[name], self._version)]:
+            del self._running[name]
 
     def _announce(self, life: int) -> None:
         if life == self._life:
@@ -70,6 +78,7 @@ class SleepingEngine:
     def _begin(self, group: Reservation) -> None:
         """All rows start together, with the weights that are loaded."""
         self._running[group.group, group.attempt] = group.group_size
+        self._deadlines[group.group, group.attempt] = group.deadline
         waits_s = max(0.0, self._loads_until - self._world.now)
         version = max(group.version, self._version)
         longest_s = 0.0
@@ -82,13 +91,14 @@ class SleepingEngine:
             self._world.at(waits_s + self._dice.random() * longest_s, partial(self._die, self._life))
 
     def _finish(self, life: int, key: RowKey, version: int) -> None:
-        if life != self._life:
+        name = (key.group, key.attempt)
+        if life != self._life or name not in self._running:
             return
         self._put([key], "tokens", [version])
-        name = (key.group, key.attempt)
         self._running[name] -= 1
         if not self._running[name]:
             del self._running[name]
+            del self._deadlines[name]
             self._judge(key)
             self._reserve()
 

@@ -23,6 +23,7 @@ def setting_of_recipe(recipe: Recipe, num_nodes: int = 1) -> Setting:
         batch_groups=recipe.train.batch_groups,
         group_size=recipe.rollout.group_size,
         max_staleness=recipe.staleness.max,
+        surplus_groups=recipe.rollout.oversampling,
         late=recipe.staleness.late,
         engines=sum(worker.worker == "rollout" for worker in workers),
         concurrency=recipe.rollout.concurrency,

@@ -14,6 +14,7 @@ class Setting:
     once, all rows of a group starting together, each taking what `durations` says. An engine names itself to shard
     (its number mod shards).
 
+    surplus_groups: that may be outstanding beyond those that updates have room for (`rollout.oversampling`).
     max_staleness: None for a run that nothing bounds. late, order: of the training consumer, as in `QueueConfig` and
     `ConsumerSpec`. clock_s: one way between a shard and the accounts; 0 puts them into one process.
     row_train_s, step_s: the trainer is busy for this long with each row as it comes, and at the end of an update.
@@ -26,6 +27,7 @@ class Setting:
     batch_groups: int
     group_size: int = 1
     max_staleness: int | None = 2
+    surplus_groups: int = 0
     late: str = "wait"
     order: str = "deadline"
     max_attempts: int = 3
@@ -52,6 +54,8 @@ class Setting:
         for name in ("clock_s", "row_train_s", "step_s", "publish_s", "load_s", "engine_lag_s", "restart_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)}; must not be negative")
+        if self.surplus_groups < 0:
+            raise ValueError(f"surplus_groups: {self.surplus_groups}; must not be negative")
         for name in ("filtered", "failures"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; must be from 0 to below 1")
@@ -67,3 +71,7 @@ class Setting:
     @property
     def batch_rows(self) -> int:
         return self.batch_groups * self.group_size
+
+    @property
+    def surplus_rows(self) -> int:
+        return self.surplus_groups * self.group_size

@@ -22,7 +22,7 @@ def simulate(setting: Setting, accounts: Accounts | None = None) -> Outcome:
     another rule, to compare with; its promises are its own."""
     bound = UNBOUNDED if setting.max_staleness is None else setting.max_staleness
     dice = random.Random(setting.seed)
-    world = World(setting, accounts or Accounts(setting.batch_rows, bound))
+    world = World(setting, accounts or Accounts(setting.batch_rows, bound, surplus_rows=setting.surplus_rows))
     record = Record()
     engines = [SleepingEngine(world, number, record, random.Random(dice.random())) for number in range(setting.engines)]
 

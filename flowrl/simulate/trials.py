@@ -9,8 +9,9 @@ from flowrl.simulate.setting import Setting
 
 
 def random_setting(seed: int, updates: int | None = None) -> Setting:
-    """Updates of 4 or 16 rows in groups of 1 to 8, 4 to 64 rows under way, 1 to 8 shards, bounds of 0 to 4, any order
-    and policy, engines that lag, die and are filtered, accounts near and far. One seed, one setting."""
+    """Updates of 4 or 16 rows in groups of 1 to 8, 4 to 64 rows under way, 1 to 8 shards, bounds of 0 to 4, with and
+    without a surplus, any order and policy, engines that lag, die and are filtered, accounts near and far. One
+    seed, one setting."""
     dice = random.Random(seed)
     batch_rows = dice.choice((4, 16))
     group_size = dice.choice([size for size in (1, 2, 4, 8) if batch_rows % size == 0])
@@ -21,6 +22,7 @@ def random_setting(seed: int, updates: int | None = None) -> Setting:
         batch_groups=batch_rows // group_size,
         group_size=group_size,
         max_staleness=dice.choice((0, 1, 2, 4)),
+        surplus_groups=dice.choice((0, 0, 1, 3)),
         late=dice.choice(("wait", "drop")),
         order=dice.choice(("deadline", "freshest", "arrival")),
         max_attempts=dice.choice((1, 3)),

@@ -31,6 +31,7 @@ from flowrl.rollout.engines import make_engine
 from flowrl.rollout.episodes import Failure, Trajectory
 from flowrl.rollout.episodes.runner import EpisodeRunner
 from flowrl.rollout.scheduling.groups import first_to_end
+from flowrl.rollout.scheduling.surplus import is_overdue
 from flowrl.rollout.shares import Shares
 from flowrl.stages.sources import make_source
 from flowrl.stages.turns import EngineTurn
@@ -96,7 +97,7 @@ class RolloutStage:
         # Reserved whole and put whole where the recipe says so; new weights are loaded in between.
         self.shares = Shares(context, recipe, self.row_bytes) if hands_over_batches(recipe) else None
         self.takes_weights = asyncio.Lock()
-        self.running_groups = 0
+        self.running: dict[asyncio.Task[None], Reservation] = {}
         self.has_place = asyncio.Event()
         self.finished: list[tuple[RowKey, int, tuple[int, ...], Trajectory]] = []
         self.has_finished = asyncio.Event()
@@ -133,7 +134,7 @@ class RolloutStage:
     async def _admit(self, queue: AsyncQueueClient, tasks: asyncio.TaskGroup) -> None:
         rollout = self.recipe.rollout
         while True:
-            places = rollout.concurrency - self.running_groups
+            places = rollout.concurrency - len(self.running)
             if places == 0:
                 self.has_place.clear()
                 with self.context.waiting_for("responses to finish"):
@@ -143,9 +144,20 @@ class RolloutStage:
                 reservations = await queue.reserve(
                     self.context.name, places, rollout.group_size, row_bytes=self.row_bytes, wait_s=RESERVE_WAIT_S
                 )
-            self.running_groups += len(reservations)
             for reservation in reservations:
-                tasks.create_task(self._sample_group(reservation, queue))
+                task = tasks.create_task(self._sample_group(reservation, queue))
+                self.running[task] = reservation
+                task.add_done_callback(self._leave)
+
+    def _leave(self, task: asyncio.Task[None]) -> None:
+        del self.running[task]
+        self.has_place.set()
+
+    def _give_up_overdue(self) -> None:
+        """The queue has dropped these, or is about to; their places are for those that can still be trained."""
+        for task, reservation in self.running.items():
+            if is_overdue(reservation.deadline, self.engine.version):
+                task.cancel()
 
     async def _admit_shares(self, queue: AsyncQueueClient) -> None:
         """One whole share after the other; its samples reach the engine together, and the queue together."""
@@ -176,8 +188,6 @@ class RolloutStage:
         )
         if failure is not None:
             await queue.drop(keys[:1], f"episode_failed:{failure.reason}", again=True)
-        self.running_groups -= 1
-        self.has_place.set()
 
     def _spares(self, reservation: Reservation) -> list[RowKey]:
         """Names of samples beyond those that are reserved; the queue never hears of them."""
@@ -237,6 +247,7 @@ class RolloutStage:
                     await self.source.load(self.engine, news, mode)
             except FileNotFoundError:
                 continue  # its turn has ended: a newer one has been announced
+            self._give_up_overdue()
             await self._announce(queue)
 
     async def _alternate(self, queue: AsyncQueueClient, published: asyncio.Queue[dict[str, Any]]) -> None:

@@ -21,6 +21,8 @@ QUICKSTART = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"
         (["rollout.engine=sglang", "rollout.servers=2", "rollout.urls=[http://a]"], "rollout.urls names servers"),
         (["rollout.redundancy=-1"], "rollout.redundancy: -1; must be at least 0"),
         (["rollout.redundancy=2", "rollout.handover=batch"], "rollout.redundancy: 2; rollout.handover=batch"),
+        (["rollout.oversampling=-1"], "rollout.oversampling: -1; must be at least 0"),
+        (["rollout.oversampling=8", "rollout.handover=batch"], "rollout.oversampling: 8; rollout.handover=batch"),
         (["rollout.filter_tied=true", "rollout.handover=batch"], "rollout.filter_tied: True; rollout.handover=batch"),
         (["rollout.stop_strings=['']"], "rollout.stop_strings: ['']"),
     ],

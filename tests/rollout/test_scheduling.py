@@ -10,6 +10,7 @@ import pytest
 from flowrl.rollout.failure import Failure
 from flowrl.rollout.scheduling.groups import first_to_end
 from flowrl.rollout.scheduling.routing import Router
+from flowrl.rollout.scheduling.surplus import is_overdue
 from flowrl.stages.tied import tied_groups
 from transfer_queue.rows import RowKey
 
@@ -126,3 +127,10 @@ def test_groups_whose_rewards_are_all_equal_are_tied() -> None:
 def test_groups_are_told_apart_wherever_their_rows_stand() -> None:
     keys = tuple(RowKey("train", group, index) for index in range(2) for group in range(2))
     assert tied_groups(keys, np.array([0.0, 1.0, 0.0, 0.0])) == [[keys[0], keys[2]]]
+
+
+@pytest.mark.parametrize(("deadline", "version", "expected"), [(3, 3, False), (3, 4, True), (5, 2, False)])
+def test_a_group_is_given_up_when_weights_from_beyond_its_last_update_are_loaded(
+    deadline: int, version: int, expected: bool
+) -> None:
+    assert is_overdue(deadline, version) is expected

@@ -25,8 +25,8 @@ STEPS = ("reserve", "tokens", "finish", "drop", "drop", "drop again", "lose", "t
 class Counted(Accounts):
     """rows: by what happened to their credit."""
 
-    def __init__(self, *bounds: int) -> None:
-        super().__init__(*bounds)
+    def __init__(self, *bounds: int, surplus_rows: int = 0) -> None:
+        super().__init__(*bounds, surplus_rows=surplus_rows)
         self.rows: Counter[str] = Counter()
 
     def admit_groups(self, deadline: int, rows: int, groups: int) -> int:
@@ -46,8 +46,8 @@ class Counted(Accounts):
 class Prompts:
     """Groups on two shards of one account, and where each of them is in its life."""
 
-    def __init__(self, max_staleness: int, late: str) -> None:
-        self.accounts = Counted(BATCH_ROWS, max_staleness)
+    def __init__(self, max_staleness: int, late: str, surplus_rows: int = 0) -> None:
+        self.accounts = Counted(BATCH_ROWS, max_staleness, surplus_rows=surplus_rows)
         self.shards = [
             DirectShard(
                 QueueConfig(
@@ -109,10 +109,13 @@ def check(prompts: Prompts) -> None:
 @given(
     st.sampled_from([0, 1, 2]),
     st.sampled_from(["wait", "drop"]),
+    st.sampled_from([0, 2 * GROUP_SIZE]),
     st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 99)), max_size=40),
 )
-def test_every_credit_comes_back_once(max_staleness: int, late: str, steps: Sequence[tuple[str, int]]) -> None:
-    prompts = Prompts(max_staleness, late)
+def test_every_credit_comes_back_once(
+    max_staleness: int, late: str, surplus_rows: int, steps: Sequence[tuple[str, int]]
+) -> None:
+    prompts = Prompts(max_staleness, late, surplus_rows)
     for step, pick in steps:
         prompts.act(step, pick)
         check(prompts)

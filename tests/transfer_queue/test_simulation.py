@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 
-from flowrl.simulate import Constant, Deadlock, LogNormal, Measured, Setting, simulate
+from flowrl.simulate import Constant, Deadlock, LogNormal, Measured, Outcome, Setting, simulate
 from flowrl.simulate.trials import random_setting
 from transfer_queue.staleness import Accounts
 
@@ -27,7 +27,8 @@ def test_no_setting_breaks_the_bound_or_stops() -> None:
         outcome = simulate(random_setting(seed, UPDATES))
         kinds.update(outcome.ended)
         kinds["failures"] += outcome.failures
-    assert min(kinds["late"], kinds["tied"], kinds["producer_lost"], kinds["failures"]) > 0, "they were put to the test"
+    tested = ("late", "tied", "surplus", "producer_lost", "failures")
+    assert min(kinds[kind] for kind in tested) > 0, "they were put to the test"
 
 
 class NoBoundAtTheTake(Accounts):
@@ -46,7 +47,8 @@ def test_a_broken_rule_is_found(broken: type[Accounts]) -> None:
         setting = random_setting(seed, 60)
         assert setting.max_staleness is not None
         try:
-            simulate(setting, broken(setting.batch_rows, setting.max_staleness))
+            rows, bound = setting.batch_rows, setting.max_staleness
+            simulate(setting, broken(rows, bound, surplus_rows=setting.surplus_rows))
         except (Deadlock, AssertionError):
             return True
         return False
@@ -94,6 +96,22 @@ def test_strictness_costs_what_a_run_without_a_bound_gains_and_drop_wins_part_of
     waits = [rows_s(bound) for bound in (0, 1, 2, 4)]
     assert waits == sorted(waits), "a wider bound is no slower"
     assert waits[1] < rows_s(1, "drop") <= rows_s(None) * 1.05
+
+
+def test_surplus_takes_the_stragglers_out_of_a_synchronous_run() -> None:
+    def outcome(surplus: int, filtered: float) -> Outcome:
+        return simulate(
+            Setting(
+                batch_groups=16, max_staleness=0, surplus_groups=surplus, concurrency=64, durations=LogNormal(1.0, 1.5),
+                filtered=filtered, step_s=0.5, updates=60,
+            )
+        )  # fmt: skip
+
+    for filtered in (0.0, 0.3):
+        without, with_surplus = outcome(0, filtered), outcome(8, filtered)
+        assert with_surplus.rows_s > 1.5 * without.rows_s
+        assert with_surplus.max_lag == 0 and with_surplus.ended["surplus"] > 0
+        assert "surplus" not in without.ended
 
 
 def test_measured_durations_are_drawn_from_what_was_measured() -> None:

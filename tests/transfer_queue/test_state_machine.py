@@ -65,11 +65,13 @@ class Histories(RuleBasedStateMachine):
         max_staleness=st.sampled_from([0, 1, 2, 4]),
         late=st.sampled_from(["wait", "drop", f"{HERE}:last_two"]),
         order=st.sampled_from(["deadline", "freshest", "arrival"]),
+        surplus=st.sampled_from([0, 0, 2, 6]),
     )
-    def start(self, max_staleness: int, late: str, order: str) -> None:
+    def start(self, max_staleness: int, late: str, order: str, surplus: int) -> None:
         self.max_staleness = max_staleness
+        self.surplus = surplus
         consumers = CONSUMERS | {"train": dataclasses.replace(CONSUMERS["train"], order=order)}
-        self.accounts = Accounts(BATCH_ROWS, max_staleness)
+        self.accounts = Accounts(BATCH_ROWS, max_staleness, surplus_rows=surplus)
         self.parked: dict[tuple[int, int], wire.Request] = {}
         self.shards: list[ToldShard] = []
         self.shards += [
@@ -368,9 +370,12 @@ class Histories(RuleBasedStateMachine):
         if not hasattr(self, "accounts"):
             return
         version, filled = self.accounts.version, self.accounts.filled
-        assert self.accounts.due_by(version - 1) == 0
+        assert self.accounts.due_by(version - 1) <= self.surplus
         for d in range(version, version + self.max_staleness + 1):
-            assert self.accounts.due_by(d) + filled <= (d - version + 1) * BATCH_ROWS
+            assert self.accounts.due_by(d) + filled <= (d - version + 1) * BATCH_ROWS + self.surplus
+        for shard in self.shards:
+            shard.pass_time(0.0)
+        assert self.accounts.due_by(version - 1) == 0, "shards that have heard of it keep nothing that is overdue"
 
     @invariant()
     def memory_is_what_the_rows_need(self) -> None:
