@@ -1,15 +1,17 @@
-"""Runs the mapped stages of a worker: take, process, put, acknowledge, a thread for each stage.
+"""Runs the mapped stages of a worker: take, process, put, acknowledge, a thread or several for each stage.
 
 An executor is a class that a stage's `run` names:
 
     class Executor(Protocol):
         max_rows: int                                                # optional: the most rows of a call, 64 if not said
+        concurrency: int                                             # optional: calls at once, 1 if not said
         def __init__(self, context: WorkerContext, settings: Mapping[str, Any]) -> None: ...
         def process(self, rows: Rows) -> Mapping[str, Column]: ...   # the stage's columns, a row for each row
         def close(self) -> None: ...                                 # optional
 
-`process` is called from the stage's own thread, and again with the same rows if this worker dies before they are
-acknowledged: its results must follow from its input. Drivers, which own their loops, are none of this file's business.
+`process` is called from the stage's own threads, `concurrency` of them side by side, and again with the same rows if
+this worker dies before they are acknowledged: its results must follow from its input. Drivers, which own their loops,
+are none of this file's business.
 """
 
 from __future__ import annotations
@@ -46,7 +48,11 @@ def run_stages(context: WorkerContext) -> None:
             failures.append((stage, error))
             context.stopping.set()
 
-    threads = [threading.Thread(target=run, args=(stage,), name=stage.name) for stage in stages]
+    threads = [
+        threading.Thread(target=run, args=(stage,), name=stage.name)
+        for stage in stages
+        for _ in range(getattr(executors[stage.name], "concurrency", 1))
+    ]
     for thread in threads:
         thread.start()
     context.ready()

@@ -5,6 +5,7 @@ Of several turns the function gets the last; where episodes give their own rewar
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,28 @@ from flowrl.rewards.function import load_reward
 from flowrl.rollout.episodes.trajectory import last_turn
 from transfer_queue.rows import Column, Rows
 
+MOST_ROWS = 64
+
 
 class Reward:
+    """Scores what is ready, in batches; with `reward.concurrency` each row by itself: none waits for another."""
+
     def __init__(self, context: WorkerContext, settings: Mapping[str, Any]) -> None:
         recipe = load(context.payload["recipe"])
         self.examples = load_splits(recipe.data, recipe.eval).train
         self.encoder = PromptEncoder(recipe.model.path, recipe.data.max_prompt_tokens)
         self.reward = None if takes_episode_reward(recipe) else load_reward(recipe.reward, Path.cwd())
         self.samples = SampleLog(context.run_dir / "samples.jsonl", every=recipe.run.samples_every)
+        self.concurrency = recipe.reward.concurrency
+        self.max_rows = 1 if self.concurrency > 1 else MOST_ROWS
+        self._writing = threading.Lock()
 
     def process(self, rows: Rows) -> dict[str, Column]:
         examples = [self.examples[int(index)] for index in rows["data_index"].values]
         responses = [self.encoder.decode(tokens) for tokens in rows["response_tokens"]]
         scores = self._scores(rows, examples, responses)
-        self.samples.write(rows, examples, responses, scores)
+        with self._writing:
+            self.samples.write(rows, examples, responses, scores)
         return {"reward": Column.scalars(scores)}
 
     def _scores(self, rows: Rows, examples: list[Example], responses: list[str]) -> np.ndarray:
