@@ -34,8 +34,8 @@ class WorkerSettings(TypedDict, total=False):
 @dataclass(frozen=True, kw_only=True)
 class QueueSettings:
     """batch_rows: of an update; max_staleness: in versions; surplus_rows: as in transfer_queue.staleness. version,
-    incarnation: where the clock starts. is_restored: shards begin with the rows of a checkpoint, and nothing is admitted
-    before all of them have. byte_limit, on each shard; lease_s, late, max_attempts: as in
+    incarnation: where the clock starts. is_restored: shards begin with the rows of a checkpoint, and nothing is
+    admitted before all of them have. byte_limit, on each shard; lease_s, late, max_attempts: as in
     transfer_queue.config.QueueConfig."""
 
     batch_rows: int
