@@ -17,6 +17,7 @@ import asyncio
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -173,6 +174,7 @@ def main() -> int:
     given = parser.parse_args()
     if given.as_a_node is not None:
         return run_node(given.as_a_node, given.updates)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left behind
     found = [measure(slowdown, given.updates, given.settle) for slowdown in (given.slowdown, 1.0)]
     result = {
         "date": time.strftime("%Y-%m-%d"),
