@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Protocol
 
 import zmq
@@ -175,6 +175,7 @@ class DistantClock:
         self._state = ClockState(0, 0, 0, -1)
         self._ids = itertools.count(1)
         self._waiting: dict[int, Callable[[ClockReply], None]] = {}
+        self._refused: dict[Hashable, tuple[int, int]] = {}
         self._send = send
         self._shard = shard
         self._entries: Entries = ()
@@ -183,13 +184,14 @@ class DistantClock:
         return self._state
 
     def admit(self, deadline: int, rows: int, groups: int, reply: Callable[[int], None]) -> None:
-        self._ask(Admit(next(self._ids), deadline, rows, groups), lambda answer: reply(answer.granted))
+        request = Admit(next(self._ids), deadline, rows, groups)
+        self._ask_for_room(request, (Admit, deadline), deadline, rows, reply)
 
     def claim(
         self, update: int, incarnation: int, entries: Entries, may_drop: bool, reply: Callable[[int], None]
     ) -> None:
         request = Claim(next(self._ids), update, incarnation, list(entries), may_drop)
-        self._ask(request, lambda answer: reply(answer.granted))
+        self._ask_for_room(request, (Claim, update, incarnation, may_drop), *entries[0], reply)
 
     def close_update(self, update: int, incarnation: int, reply: Callable[[bool], None]) -> None:
         request = CloseUpdate(next(self._ids), update, incarnation)
@@ -241,6 +243,7 @@ class DistantClock:
         has_changed = new.changes > self._state.changes
         self._state = new
         if has_changed:
+            self._refused.clear()
             self.on_change()
 
     def _greet(self, reply: ClockReply) -> None:
@@ -248,6 +251,23 @@ class DistantClock:
         self.max_staleness = reply.max_staleness
         self.surplus_rows = reply.surplus_rows
         self.on_change()
+
+    def _ask_for_room(
+        self, request: Admit | Claim, terms: Hashable, deadline: int, rows: int, reply: Callable[[int], None]
+    ) -> None:
+        """What was refused stays refused until the accounts say that they have changed, and so, on the same terms, does
+        what has no fewer rows and is due no earlier. Neither is asked again."""
+        known = self._refused.get(terms)
+        if known is not None and deadline >= known[0] and rows >= known[1]:
+            reply(0)
+            return
+
+        def answered(answer: ClockReply) -> None:
+            if not answer.granted and answer.state.changes == self._state.changes:
+                self._refused[terms] = deadline, rows
+            reply(answer.granted)
+
+        self._ask(request, answered)
 
     def _ask(self, request: AnyClockRequest, reply: Callable[[ClockReply], None]) -> None:
         self._waiting[request.id] = reply

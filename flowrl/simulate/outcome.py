@@ -42,7 +42,8 @@ class Outcome:
     """seconds: virtual time to the end of the last update. rows_s: trained a second, over the second half of the
     updates, when the pipeline is full. trainer_idle: share of the time that the trainer waited for rows. untrained:
     share of the engines' work whose rows were not trained by the end, those still under way among them. ended: rows
-    that left untrained, by reason."""
+    that left untrained, by reason. clock_messages: an update, between the accounts and shards at a
+    distance, over that half too."""
 
     seconds: float
     rows_s: float
@@ -53,3 +54,4 @@ class Outcome:
     ended: Mapping[str, int]
     failures: int
     updates: int
+    clock_messages: float = 0.0

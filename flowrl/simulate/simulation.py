@@ -35,12 +35,15 @@ def simulate(setting: Setting, accounts: Accounts | None = None) -> Outcome:
     for engine in engines:
         engine.start()
     trainer.start()
+    messages_before = 0
     while not trainer.is_done:
         if not world.step():
             raise Deadlock(f"{setting}: update {trainer.update} at {world.now:.1f} s: {_who_waits(world)}")
+        if trainer.update <= setting.updates // 2:
+            messages_before = world.distance.messages
     if accounts is None and setting.max_staleness is not None:
         assert max(record.lags) <= bound, f"{setting}: a row was {max(record.lags)} updates old"
-    outcome = _outcome(setting, world, record)
+    outcome = _outcome(setting, world, record, messages_before)
     if setting.max_staleness is not None:
         _check_credits(world)
     return outcome
@@ -62,7 +65,8 @@ def _who_waits(world: World) -> str:
     return f"{', '.join(waiters) or 'nobody'} waiting; {world.accounts.outstanding} outstanding"
 
 
-def _outcome(setting: Setting, world: World, record: Record) -> Outcome:
+def _outcome(setting: Setting, world: World, record: Record, messages_before: int) -> Outcome:
+    """Rates are over the second half."""
     ended: Counter[str] = Counter()
     for shard in world.shards:
         ended.update(shard.describe()["ended"])
@@ -79,4 +83,5 @@ def _outcome(setting: Setting, world: World, record: Record) -> Outcome:
         ended=dict(ended),
         failures=record.failures,
         updates=setting.updates,
+        clock_messages=(world.distance.messages - messages_before) / (setting.updates - half),
     )

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import MappingProxyType
 
+from flowrl.simulate.distance import Distance
 from flowrl.simulate.setting import Setting
 from transfer_queue import wire
 from transfer_queue.clock import Clock, DistantClock, LocalClock
-from transfer_queue.clock_messages import AnyClockRequest, clock_state, serve_clock_request
+from transfer_queue.clock_messages import ClockReply, ClockState
 from transfer_queue.config import ConsumerSpec, QueueConfig
 from transfer_queue.core import Columns
 from transfer_queue.rows import RowKey
@@ -41,6 +42,7 @@ class World:
         self._ids = itertools.count(1)
         self._peers: dict[bytes, Hears] = {}
         self._seen_changes = accounts.changes
+        self.distance = Distance(self, accounts, setting.shards, setting.clock_s, self._hear)
         self._clocks: list[Clock] = []
         self.shards: list[Shard] = []
         for at in range(setting.shards):
@@ -94,27 +96,14 @@ class World:
     def _clock(self, at: int) -> Clock:
         if not self.setting.clock_s:
             return LocalClock(self.accounts)
+        return DistantClock(f"shard{at}", partial(self.distance.send, at))
 
-        def send(request: AnyClockRequest) -> None:
-            self.at(self.setting.clock_s, partial(self._serve, at, request))
-
-        return DistantClock(f"shard{at}", send)
-
-    def _serve(self, at: int, request: AnyClockRequest) -> None:
-        reply = serve_clock_request(self.accounts, request)
-        if reply is not None:
-            self._tell(at, reply)
-        if self.accounts.changes != self._seen_changes:
-            self._seen_changes = self.accounts.changes
-            for each in range(len(self.shards)):
-                self._tell(each, clock_state(self.accounts))
-
-    def _tell(self, at: int, message: object) -> None:
-        def hear() -> None:
-            self._clocks[at].hear(message)  # type: ignore[attr-defined]
+    def _hear(self, at: int, messages: Sequence[ClockReply | ClockState]) -> None:
+        clock = self._clocks[at]
+        assert isinstance(clock, DistantClock), "what is at hand is not heard of"
+        for message in messages:
+            clock.hear(message)
             self.shards[at].settle(self.now)
-
-        self.at(self.setting.clock_s, hear)
 
     def _spread(self) -> None:
         """With the accounts at hand, others see at once what one shard has changed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
@@ -12,6 +13,7 @@ from controllers.clock import ClockService
 from controllers.peers import Alone
 from controllers.settings import QueueSettings
 from transfer_queue.clock import RemoteClock
+from transfer_queue.clock_messages import ClockState, decode_clock_answer
 
 _TIMEOUT_MS = 5000
 
@@ -77,6 +79,47 @@ def test_refused_shard_is_told_when_another_gives_back(endpoint: str) -> None:
     assert second.admit(deadline=1, rows=2, groups=1) == 1
     first.clock.close()
     second.clock.close()
+
+
+class Listener(Alone):
+    """Two nodes, of which the other only hears."""
+
+    num_nodes = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[ClockState] = []
+
+    def broadcast(self, handler_name: str, payload: bytes) -> None:
+        told = decode_clock_answer(payload)
+        assert isinstance(told, ClockState)
+        self.heard.append(told)
+
+
+def test_other_nodes_hear_of_a_version_at_once_and_of_its_many_changes_in_few_words(tmp_path: Path) -> None:
+    other, failures = Listener(), SimpleQueue[str]()
+    address = f"ipc://{tmp_path}/clock"
+    service = ClockService(address, other, QueueSettings(batch_rows=4, max_staleness=1), 5.0, failures.put)
+    service.start()
+    shard = Shard(address, "only")
+    for version in range(4):
+        assert shard.admit(deadline=version, rows=4, groups=1) == 1
+        shard.clock.claim(version, 0, [(version, 4)], False, shard.granted.append)
+        while not shard.granted:
+            shard.hear()
+        shard.granted.clear()
+        time.sleep(0.1)
+        assert other.heard[-1].version == version + 1
+    before = len(other.heard)
+    for _ in range(200):
+        assert shard.admit(deadline=4, rows=4, groups=1) == 1
+        shard.clock.retire([(4, 4)])
+    time.sleep(0.1)
+    service.close()
+    shard.clock.close()
+    assert failures.empty()
+    assert len(other.heard) - before < 60, "there were 200 changes"
+    assert other.heard[-1].changes == 204, "the last one is told"
 
 
 def test_broken_account_is_a_failure_with_a_name(endpoint: str, failures: SimpleQueue[str]) -> None:

@@ -146,3 +146,16 @@ def test_impossible_setting_is_refused_by_name(field: str, value: object) -> Non
 def test_impossible_durations_are_refused_by_name(make: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()  # type: ignore[operator]
+
+
+def test_messages_to_the_clock_grow_with_shards_and_not_with_rows() -> None:
+    def messages(shards: int, groups: int) -> float:
+        setting = Setting(
+            batch_groups=groups, max_staleness=1, engines=shards, concurrency=groups // shards, shards=shards,
+            clock_s=0.0005, row_train_s=0.3 / groups, step_s=0.1, updates=12,
+        )  # fmt: skip
+        return simulate(setting).clock_messages
+
+    few, many, twice = messages(4, 32), messages(4, 128), messages(8, 128)
+    assert many < 2 * few, f"{few:.0f} messages an update for 32 groups, {many:.0f} for 128"
+    assert max(few / 4, many / 4, twice / 8) < 20, "of a shard"
