@@ -22,6 +22,7 @@ import zmq
 
 from controllers import stacks
 from controllers.clock import ClockService
+from controllers.crew import Crew
 from controllers.graph import Graph
 from controllers.lifecycle import Session
 from controllers.links import Links, NodeEnd
@@ -47,18 +48,15 @@ from controllers.messages import (
     encode,
 )
 from controllers.nursery import Nursery
-from controllers.placement import WorkerPlan, joined
+from controllers.placement import WorkerPlan
 from controllers.process import environment
 from controllers.reaper import Reaper
 from controllers.settings import (
     ControllerSettings,
     Observers,
     WorkerSettings,
-    refuse_unknown_workers,
-    worker_settings_of,
 )
 from controllers.shard import shard_plan, shard_settings
-from controllers.stage import Kind
 from controllers.supervisor import Supervisor, WorkerState
 from controllers.topology import Topology
 from controllers.wanted import WantedWorkers
@@ -94,16 +92,11 @@ class NodeController:
         worker_settings: Mapping[str, WorkerSettings] | None = None,
         observers: Observers | None = None,
     ) -> None:
-        given = worker_settings or {}
-        refuse_unknown_workers(plans, given)
         self._topology = topology
         self._graph = graph
         self._plans = tuple(plans)
-        self._mine = {plan.name: plan for plan in plans if plan.node == topology.node}
-        self._given = given
-        self._workers = {name: worker_settings_of(plan, graph, given) for name, plan in self._mine.items()}
+        self._crew = Crew(topology.node, graph, plans, worker_settings or {})
         self._wanted = WantedWorkers(settings.run_dir, topology.node)
-        self._drivers = {plan.name for plan in plans if graph.stage(plan.stages[0]).kind is Kind.DRIVER}
         self._settings = settings
         self._observers = observers or Observers()
         self._shard = shard_plan(topology)
@@ -111,7 +104,6 @@ class NodeController:
         self._phase = Phase.OPENING
         self._end: NodeEnd | None = None
         self._leave_by = math.inf
-        self._finished_workers: set[str] = set()
         self._retained: dict[str, Announcement] = {}
 
     def run(self) -> int:
@@ -171,20 +163,18 @@ class NodeController:
         if self._settings.queue is not None:
             endpoint = self._links.shard_endpoint(self._session)
             clock_endpoint = self._session.endpoint("clock")
-            self._mine[self._shard.name] = self._shard
-            self._workers[self._shard.name] = shard_settings(
-                self._graph, self._settings.queue, endpoint, clock_endpoint, self._topology
-            )
-        for plan in self._mine.values():
-            self._supervise(plan)
+            settings = shard_settings(self._graph, self._settings.queue, endpoint, clock_endpoint, self._topology)
+            self._crew.add(self._shard, settings)
+        for name in self._crew:
+            self._supervise(name)
 
-    def _supervise(self, plan: WorkerPlan) -> None:
-        is_restarted = self._workers[plan.name]["restart"] == "always"
-        log_path = self._settings.run_dir / "logs" / f"{plan.name}.log"
-        self._supervisor.add(plan.name, partial(self._make_spec, plan), is_restarted, log_path)
+    def _supervise(self, name: str) -> None:
+        is_restarted = self._crew.settings(name)["restart"] == "always"
+        log_path = self._settings.run_dir / "logs" / f"{name}.log"
+        self._supervisor.add(name, partial(self._make_spec, self._crew.plan(name)), is_restarted, log_path)
 
     def _make_spec(self, plan: WorkerPlan, identity: str) -> WorkerSpec:
-        settings = self._workers[plan.name]
+        settings = self._crew.settings(plan.name)
         return WorkerSpec(
             name=plan.name,
             worker=plan.worker,
@@ -234,9 +224,10 @@ class NodeController:
         """Takes the step to the next phase, or several, when their time has come."""
         if self._end is not None and self._phase in (Phase.OPENING, Phase.WORKING):
             self._phase = Phase.STOPPING
-            self._supervisor.stop(name for name in self._mine if name != self._shard.name)
+            self._supervisor.stop(name for name in self._crew if name != self._shard.name)
         if self._phase is Phase.WORKING:
-            self._start_workers()
+            for name in filter(self._crew.may_start, self._supervisor.names(WorkerState.WAITING)):
+                self._supervisor.start(name)
             for kind, count in self._wanted.news().items():
                 self._have(kind, count)
         if self._phase is Phase.STOPPING and set(self._supervisor.living()) <= {self._shard.name}:
@@ -246,37 +237,20 @@ class NodeController:
         if self._phase is Phase.LEAVING and (self._links.is_everybody_gone or time.monotonic() >= self._leave_by):
             self._phase = Phase.CLOSING
             self._leave_by = math.inf
-            self._supervisor.stop(self._mine)
+            self._supervisor.stop(self._crew)
         if self._phase is Phase.CLOSING and not self._supervisor.living():
             self._phase = Phase.ENDED
 
-    def _start_workers(self) -> None:
-        """Those whose stages wait for no other stage's end any more."""
-        for name in self._supervisor.names(WorkerState.WAITING):
-            stages = self._mine[name].stages
-            earlier = {other for stage in stages for other in self._graph.stage(stage).after} - set(stages)
-            waits_for = {plan.name for plan in self._plans if earlier.intersection(plan.stages)}
-            if waits_for <= self._finished_workers:
-                self._supervisor.start(name)
-
     def _have(self, kind: str, count: int) -> None:
-        """Workers of the kind join, or the last of them leave, as far as its settings allow."""
-        present = sorted(plan.index for plan in self._mine.values() if plan.worker == kind)
-        most = self._workers[f"{kind}.{self._topology.node}.0"].get("most", 0) if present else 0
-        if not most:
-            return
-        for index in range(max(min(count, most), len(present))):
-            name = f"{kind}.{self._topology.node}.{index}"
-            if index >= count:
-                self._supervisor.stop([name])
-                continue
-            if name not in self._mine:
-                plan = self._mine[name] = joined(self._plans, kind, self._topology.node, index)
-                self._workers[name] = worker_settings_of(plan, self._graph, self._given)
-                self._supervise(plan)
+        """Workers of the kind join, or the last of them leave."""
+        staying, leaving = self._crew.resize(kind, count)
+        self._supervisor.stop(leaving)
+        for name in staying:
+            if name not in self._supervisor.names():
+                self._supervise(name)
                 self._supervisor.start(name)
             elif name in self._supervisor.names(WorkerState.DONE):
-                self._finished_workers.discard(name)
+                self._crew.finished.discard(name)
                 self._supervisor.start(name)
 
     def _finish(self, code: int, reason: str) -> None:
@@ -378,8 +352,8 @@ class NodeController:
         if announcement.topic == FINISHED_TOPIC:
             self._finish(0, f"{announcement.origin} announced the end")
         elif announcement.topic == FINISHED_WORKER_TOPIC:
-            self._finished_workers.add(announcement.payload["worker"])
-            if self._drivers and self._drivers <= self._finished_workers:
+            self._crew.finished.add(announcement.payload["worker"])
+            if self._crew.has_finished:
                 self._finish(0, "all drivers have finished")
 
     def on_report(self, worker: str, report: Report) -> None:

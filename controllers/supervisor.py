@@ -120,7 +120,8 @@ class Supervisor:
         self._start(self._members[name])
 
     def names(self, *states: WorkerState) -> list[str]:
-        return [member.name for member in self._members.values() if member.state in states]
+        """Of workers in one of these states; of all, if none is named."""
+        return [member.name for member in self._members.values() if not states or member.state in states]
 
     def living(self) -> list[str]:
         return [member.name for member in self._members.values() if member.state.is_living]
