@@ -13,8 +13,8 @@ from controllers.stage import Kind
 
 
 class Crew:
-    """plans: the placement of all nodes; given: settings by the name of a worker or of its kind. finished: workers of all
-    nodes that have done their work."""
+    """plans: the placement of all nodes; given: settings by the name of a worker or of its kind. finished: workers of
+    all nodes that have done their work."""
 
     def __init__(
         self, node: int, graph: Graph, plans: Sequence[WorkerPlan], given: Mapping[str, WorkerSettings]

@@ -23,8 +23,12 @@ class Cursor(msgspec.Struct, frozen=True, kw_only=True):
     group_size: int = 0
 
     def without(self, groups: Iterable[int]) -> Cursor:
-        """After these have been done too."""
-        return msgspec.structs.replace(self, open=tuple(sorted(set(self.open) - set(groups))))
+        """After these have been done too, some of which may have been reserved since. What was reserved beside them is
+        open."""
+        done = set(groups)
+        end = max(self.end, max(done, default=-1) + 1)
+        left = {*self.open, *range(self.end, end)} - done
+        return msgspec.structs.replace(self, end=end, open=tuple(sorted(left)))
 
     def open_groups(self, first: int, stride: int) -> tuple[list[int], int]:
         """For the shard that owns groups first + stride·k: its open groups, and its next new one. The number of shards

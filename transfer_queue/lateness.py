@@ -39,7 +39,9 @@ class Lateness:
         looked at again when it has answered."""
         core = self._core
         self._seen_version = version
-        overdue = core.ledger.due_before(self._lane, version) if self._lane is not None else []
+        overdue = (
+            core.ledger.partitions[self._lane.spec.partition].overdue_at(version) if self._lane is not None else []
+        )
         core.has_overdue = any(group.claim is not None for group in overdue)
         core.retired("dropped", core.ledger.drop_overdue(overdue), reason="surplus")
 
@@ -60,6 +62,6 @@ class Lateness:
                 group=group.number, attempt=group.attempt, deadline=group.deadline, num_rows=group.size,
                 num_unready=group.num_waiting(at), age_s=self._core.now - group.born_s,
             ): group
-            for group in self._core.ledger.blockers(self._lane, deadline)
+            for group in self._core.ledger.partitions[self._lane.spec.partition].unready_by(deadline)
         }  # fmt: skip
         return [blockers[blocker] for blocker in choose_late(self._policy, list(blockers))]

@@ -280,23 +280,9 @@ class Ledger:
             self._try_again(retired)
         return retired
 
-    def blockers(self, lane: Lane, deadline: int) -> list[Group]:
-        """Unready groups that are due by then, earliest first. Walks the partition."""
-        groups = self.partitions[lane.spec.partition].groups.values()
-        at = lane.position
-        due = (group for group in groups if group.deadline <= deadline and group.claim is None)
-        late = [group for group in due if group.num_waiting(at)]
-        return sorted(late, key=lambda group: (group.deadline, group.number))
-
     def drop_late(self, groups: Sequence[Group]) -> list[Retired]:
         """They keep ready ones waiting. Their prompts are tried again, up to `max_attempts` times."""
         return self._drop_for_now(groups, "late")
-
-    def due_before(self, lane: Lane, version: int) -> list[Group]:
-        """Groups that no update took and none may take any more, PENDING ones among them. Walks the partition."""
-        groups = self.partitions[lane.spec.partition].groups.values()
-        due = (group for group in groups if group.deadline < version and group.claim in (None, PENDING))
-        return [group for group in due if group.progress[lane.position].done != group.all]
 
     def drop_overdue(self, groups: Sequence[Group]) -> list[Retired]:
         """Those of them that are not PENDING; their prompts are tried again, up to `max_attempts` times."""

@@ -8,7 +8,7 @@ from transfer_queue.cursor import Cursor
 from transfer_queue.errors import RowRefused
 from transfer_queue.lanes import Lane
 from transfer_queue.spans import Span
-from transfer_queue.states import Group
+from transfer_queue.states import PENDING, Group
 
 GROUP_BYTES, ROW_BYTES = 1 << 10, 1 << 4
 
@@ -52,12 +52,28 @@ class Partition:
 
     def is_open(self, group: Group) -> bool:
         """Whether it is still to be done, as far as training is concerned."""
-        at = self.training.position if self.training is not None else 0
-        return group.progress[at].done != group.all
+        return group.progress[self._training_lane].done != group.all
 
     @property
     def group_stride(self) -> int:
         return self._group_stride
+
+    def unready_by(self, deadline: int) -> list[Group]:
+        """Groups that are due by then, in no update, and not all ready for training; earliest first. Walks them all."""
+        due = (group for group in self.groups.values() if group.deadline <= deadline and group.claim is None)
+        at = self._training_lane
+        return sorted(
+            (group for group in due if group.num_waiting(at)), key=lambda group: (group.deadline, group.number)
+        )
+
+    def overdue_at(self, version: int) -> list[Group]:
+        """Groups that no update took and none may take any more, PENDING ones among them. Walks them all."""
+        due = (group for group in self.groups.values() if group.deadline < version and group.claim in (None, PENDING))
+        return [group for group in due if self.is_open(group)]
+
+    @property
+    def _training_lane(self) -> int:
+        return self.training.position if self.training is not None else 0
 
     def reserve_anew(self, group: Group) -> None:
         self.try_again(group.size, group.number, group.attempt + 1)

@@ -39,3 +39,9 @@ def test_every_open_group_is_given_to_one_shard_and_none_is_done_twice(
 
 def test_a_cursor_of_nothing_begins_at_each_shards_first_group() -> None:
     assert [Cursor().open_groups(first, 3) for first in range(3)] == [([], 0), ([], 1), ([], 2)]
+
+
+def test_what_was_reserved_and_done_after_the_cursor_is_not_done_again() -> None:
+    cursor = Cursor(end=6, open=(1, 4), group_size=2).without([4, 7, 3])
+    assert (cursor.end, cursor.open, cursor.group_size) == (8, (1, 6), 2)
+    assert [cursor.open_groups(first, 2) for first in (0, 1)] == [([6], 8), ([1], 9)]
