@@ -12,6 +12,7 @@ import zmq.asyncio
 from transfer_queue import wire
 from transfer_queue.errors import QueueClosed, QueueError, QueueTimeout, WireError
 from transfer_queue.gathering import GATHER_BYTES, Part, count_or_raise, part_of
+from transfer_queue.parts import is_small
 from transfer_queue.rows import Column, RowKey
 from transfer_queue.sockets import DEFAULT_TIMEOUT_S, DEFAULT_WAIT_S, answer_of, connect, frames_of, timeout_of
 from transfer_queue.verbs import Answer, Hear, Send, Taken, Verb, Verbs
@@ -154,7 +155,7 @@ class AsyncQueueClient:
                     asked.append(step.request.id)
                     self._asked[step.request.id] = step
                     self._answers[step.request.id] = asyncio.get_running_loop().create_future()
-                    await self._sockets[step.endpoint].send_multipart(frames_of(step), copy=False)
+                    await self._sockets[step.endpoint].send_multipart(*_to_send(step))
                     step = next(verb)
                 else:
                     answer = await self._hear(step)
@@ -178,7 +179,7 @@ class AsyncQueueClient:
         """Without waiting: the socket keeps what it cannot send at once."""
         for step in steps:
             if self._sockets:
-                self._sockets[step.endpoint].send_multipart(frames_of(step), copy=False)
+                self._sockets[step.endpoint].send_multipart(*_to_send(step))
 
     def _timeout(self, hear: Hear) -> QueueTimeout:
         return timeout_of(self._verbs, [self._asked[number] for number in hear.ids], hear.timeout_s)
@@ -196,7 +197,7 @@ class AsyncQueueClient:
         while True:
             frames = await socket.recv_multipart(copy=False)
             try:
-                answer = answer_of(frames)
+                answer = answer_of([frame.buffer for frame in frames])
             except WireError as error:
                 self._fail(error)
                 continue
@@ -210,3 +211,9 @@ class AsyncQueueClient:
         for waiting in self._answers.values():
             if not waiting.done():
                 waiting.set_exception(error)
+
+
+def _to_send(step: Send) -> tuple[list[Any], int, bool]:
+    """Frames, flags, and whether they are copied."""
+    frames = frames_of(step)
+    return frames, 0, all(map(is_small, frames))

@@ -14,7 +14,7 @@ import numpy as np
 from transfer_queue.rows import Array
 
 KEPT_BYTES = 64 << 20
-SMALL_BYTES = 256 << 10
+SMALL_BYTES = 64 << 10
 """Below this the allocator does well by itself."""
 _OVERSIZE = 2
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import zmq
 
-from transfer_queue import wire
+from transfer_queue import parts, wire
 from transfer_queue.errors import QueueClosed, QueueTimeout
 from transfer_queue.gathering import GATHER_BYTES, GATHER_ROWS, Part, count_or_raise, part_of
 from transfer_queue.rows import Column, RowKey
@@ -184,7 +184,7 @@ class QueueClient:
 
     def _send(self, steps: Sequence[Send]) -> None:
         for step in steps:
-            self._sockets[step.endpoint].send_multipart(frames_of(step), copy=False)
+            parts.send(self._sockets[step.endpoint], frames_of(step))
 
     def _timeout(self, hear: Hear) -> QueueTimeout:
         return timeout_of(self._verbs, [self._asked[number] for number in hear.ids], hear.timeout_s)
@@ -200,7 +200,7 @@ class QueueClient:
             if left_s <= 0:
                 return None
             for socket, _ in self._poller.poll(int(left_s * 1000) + 1):
-                answer = answer_of(socket.recv_multipart(copy=False))
+                answer = answer_of(parts.receive(socket, num_small=1))
                 if answer.id in self._asked:
                     self._answers[answer.id] = answer
                 else:

@@ -78,13 +78,17 @@ def unpack(headers: Sequence[ColumnHeader], frames: Sequence[memoryview], num_ro
         raise WireError(f"{len(frames)} frames for {len(headers)} columns")
     columns: dict[str, Column] = {}
     rest = iter(frames)
+    offsets, last, last_length = _NO_OFFSETS, None, -1
     for header in headers:
         if header.dtype not in DTYPES or header.name in columns:
             raise WireError(f"column {header.name!r} of dtype {header.dtype!r}: twice there, or of no known dtype")
         values = _array(header.name, next(rest), DTYPES[header.dtype])
-        offsets = _array(header.name, next(rest), OFFSETS) if header.ragged else _scalar_offsets(num_rows)
-        _check_offsets(header.name, offsets, len(values), num_rows)
+        frame = next(rest) if header.ragged else None
+        if frame is None or frame is not last or len(values) != last_length:  # or else they have been checked
+            offsets = _array(header.name, frame, OFFSETS) if frame is not None else _scalar_offsets(num_rows)
+            _check_offsets(header.name, offsets, len(values), num_rows)
         columns[header.name] = Column(values, offsets)
+        last, last_length = frame, len(values)
     return columns
 
 

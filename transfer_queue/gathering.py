@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from transfer_queue.errors import QueueError
 from transfer_queue.rows import Column, RowKey
 
-GATHER_BYTES = 64 << 10
+GATHER_BYTES = 512 << 10
 """A put above this goes alone, and what has gathered goes when it comes to that."""
 GATHER_ROWS = 256
 

@@ -141,7 +141,7 @@ class Ledger:
         for span in spans:
             group = self.partition(span.partition).find(span)
             bits = span.bits & ~group.gone if group is not None else 0
-            have = [group.have.get(name, 0) & bits for name in columns] if group is not None else [0]
+            have = [group.have.get(name, 0) & bits for name in columns] if group is not None and group.have else [0]
             some, every = reduce(or_, have), reduce(and_, have)
             if some != every:
                 raise RowRefused(f"{span}: some of {list(columns)} are there already; a put adds columns, all or none")
@@ -171,8 +171,11 @@ class Ledger:
             for first, end in ranges(fresh) if versions else ():
                 start = position + first - span.first
                 group.versions[first:end] = versions[start : start + end - first]
-            for name in columns:
-                group.have[name] = group.have.get(name, 0) | fresh
+            if group.have:
+                for name in columns:
+                    group.have[name] = group.have.get(name, 0) | fresh
+            else:
+                group.have = dict.fromkeys(columns, fresh)
             if fresh & ~group.filled:
                 group.filled |= fresh
                 if group.filled == group.all and (move := self._settle_deadline(group, deadline_of)) is not None:

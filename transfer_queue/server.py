@@ -16,7 +16,7 @@ from typing import Protocol
 
 import zmq
 
-from transfer_queue import wire
+from transfer_queue import parts, wire
 from transfer_queue.clock import Clock
 from transfer_queue.config import HIGH_WATER_MARK, QueueConfig
 from transfer_queue.core import Events
@@ -81,13 +81,13 @@ class QueueServer:
     def _turn(self) -> None:
         """Handles what has arrived, a bounded number of messages, and what has become due."""
         self._clock.receive()
-        self.shard.settle(time.monotonic())
-        for _ in range(MESSAGES_A_TURN):
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                break
-            self._handle(frames[0].bytes, [frame.buffer for frame in frames[1:]])
+        num_handled = 0
+        while num_handled < MESSAGES_A_TURN and parts.has_message(self._socket):
+            peer, *frames = parts.receive(self._socket, num_small=2)
+            self._handle(peer.tobytes(), frames)
+            num_handled += 1
+        if not num_handled:  # what is handled settles everything by itself
+            self.shard.settle(time.monotonic())
 
     def _handle(self, peer: bytes, frames: list[memoryview]) -> None:
         if not frames:
@@ -115,7 +115,7 @@ class QueueServer:
             headers, frames = pack(columns)
             reply = wire.Delivered(reply.id, reply.spans, headers, reply.versions, reply.closed)
         try:
-            self._socket.send_multipart([peer, wire.encode(reply), *frames], zmq.NOBLOCK, copy=False)
+            parts.send(self._socket, [peer, wire.encode(reply), *frames], parts.NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise

@@ -30,11 +30,11 @@ def frames_of(step: Send) -> list[Any]:
     return [wire.encode(wire.Put(request.id, request.spans, headers, request.versions)), *frames]
 
 
-def answer_of(frames: Sequence[zmq.Frame]) -> Answer:
-    reply = wire.decode_reply(frames[0].buffer)
+def answer_of(frames: Sequence[memoryview]) -> Answer:
+    reply = wire.decode_reply(frames[0])
     columns: dict[str, Column] = {}
     if isinstance(reply, wire.Delivered) and reply.spans and not reply.placed:
-        columns = unpack(reply.columns, [frame.buffer for frame in frames[1:]], sum(map(len, reply.spans)))
+        columns = unpack(reply.columns, frames[1:], sum(map(len, reply.spans)))
     return Answer(reply.id, reply, columns)
 
 

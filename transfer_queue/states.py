@@ -147,9 +147,12 @@ class Group:
 
     def complete(self, columns: Sequence[str]) -> int:
         """Rows that have all of these columns."""
+        have = self.have
         bits = self.all
         for name in columns:
-            bits &= self.have.get(name, 0)
+            if name not in have:
+                return 0
+            bits &= have[name]
         return bits
 
     def spans(self, bits: int) -> Iterator[Span]:

@@ -60,9 +60,12 @@ class SegmentWriter:
         dtypes = [frames.travelling(name, values.dtype) for name, values, _ in flat]
         page = self._page_for(sum(_aligned(values.nbytes) + _aligned(offsets.nbytes) for _, values, offsets in flat))
         places = []
+        offsets_at, last = 0, None
         for (name, values, offsets), dtype in zip(flat, dtypes, strict=True):
             values_at = page.append(values, dtype)
-            offsets_at = page.append(offsets, frames.OFFSETS) if len(offsets) else 0
+            if offsets is not last:  # columns of equal lengths often share them
+                offsets_at = page.append(offsets, frames.OFFSETS) if len(offsets) else 0
+                last = offsets
             places.append(wire.ColumnPlace(name, frames.name_of(dtype), len(values), values_at, offsets_at))
         name = page.segment.name
         self._puts[name] = self._puts.get(name, 0) + 1
@@ -116,6 +119,7 @@ def _aligned(num_bytes: int) -> int:
 def view(segment: Segment, places: Sequence[wire.ColumnPlace], num_rows: int) -> dict[str, Column]:
     """The columns where they lie, after every check. Raises WireError or RowRefused."""
     headers, parts = [], []
+    offsets: dict[int, memoryview] = {}
     for place in places:
         if place.dtype not in frames.DTYPES:
             raise RowRefused(f"columns: {place.name!r} is {place.dtype}; what travels is {', '.join(frames.DTYPES)}")
@@ -123,7 +127,9 @@ def view(segment: Segment, places: Sequence[wire.ColumnPlace], num_rows: int) ->
         headers.append(wire.ColumnHeader(place.name, place.dtype, bool(place.offsets_at)))
         parts.append(_slice(segment, place, place.values_at, num_bytes))
         if place.offsets_at:
-            parts.append(_slice(segment, place, place.offsets_at, 8 * (num_rows + 1)))
+            if place.offsets_at not in offsets:
+                offsets[place.offsets_at] = _slice(segment, place, place.offsets_at, 8 * (num_rows + 1))
+            parts.append(offsets[place.offsets_at])
     return frames.unpack(headers, parts, num_rows)
 
 

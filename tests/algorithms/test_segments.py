@@ -122,7 +122,7 @@ def test_the_stage_puts_log_probs_of_the_version_after_each_tokens_own(tmp_path:
                 parameter += 0.02 * version * torch.randn(parameter.shape, generator=torch.manual_seed(version))
         lm.save_pretrained(path)
     announced: dict[str, Any] = {}
-    context: Any = SimpleNamespace(devices=("cpu",), stopping=threading.Event(), on=announced.__setitem__)
+    context: Any = SimpleNamespace(device="cpu", stopping=threading.Event(), on=announced.__setitem__)
     recipe: Any = SimpleNamespace(
         model=SimpleNamespace(path=model_dir), rollout=SimpleNamespace(temperature=TEMPERATURE),
         train=SimpleNamespace(micro_batch_tokens=40), staleness=SimpleNamespace(max=4),
@@ -149,7 +149,7 @@ def test_the_stage_puts_log_probs_of_the_version_after_each_tokens_own(tmp_path:
 
 @pytest.mark.parametrize("path", [None, Path("/nowhere/v00000004")])
 def test_weights_that_cannot_be_had_are_no_failure(path: Path | None, tmp_path: Path) -> None:
-    context: Any = SimpleNamespace(devices=("cpu",), stopping=threading.Event(), on=lambda topic, callback: None)
+    context: Any = SimpleNamespace(device="cpu", stopping=threading.Event(), on=lambda topic, callback: None)
     recipe: Any = SimpleNamespace(
         model=SimpleNamespace(path=make_model(tmp_path)), rollout=SimpleNamespace(temperature=1.0),
         train=SimpleNamespace(micro_batch_tokens=40), staleness=SimpleNamespace(max=4),
