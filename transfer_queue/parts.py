@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import zmq
 
 COPIED_BYTES = 64 << 10
-_MORE, _HAS_MORE, NOBLOCK, _EVENTS, _POLLIN = map(int, (zmq.SNDMORE, zmq.RCVMORE, zmq.NOBLOCK, zmq.EVENTS, zmq.POLLIN))
+_MORE, _HAS_MORE, NOBLOCK = int(zmq.SNDMORE), int(zmq.RCVMORE), int(zmq.NOBLOCK)
+_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 """As plain numbers: arithmetic with enumerations takes longer than the calls."""
 
 
