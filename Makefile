@@ -1,4 +1,4 @@
-# make quickstart | test | test-slow | test-sglang | check | fmt | bench
+# make quickstart | test | test-slow | test-sglang | test-cross-check | check | fmt | bench
 # PYTHON: the interpreter the environment is made with. TORCH: what pip installs as torch (for a CUDA build of your own,
 # say TORCH=torch==2.11.0, or TORCH= to keep what the interpreter already has: then the environment sees its packages).
 # TEST_JOBS: how many test files run at a time.
@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp-$(shell cat setup.py Makefile 2>/dev/null | cksum | cut -d' ' -f1)
 
-.PHONY: quickstart test test-slow test-sglang check fmt bench clean
+.PHONY: quickstart test test-slow test-sglang test-cross-check check fmt bench clean
 
 quickstart: $(STAMP)
 	$(BIN)/flowrl run recipes/quickstart.yaml run.name=quickstart-$$(date +%Y%m%d-%H%M%S)
@@ -23,6 +23,11 @@ test-slow: $(STAMP)-dev
 test-sglang: $(STAMP)-dev
 	tests/sglang_cpu/install.sh .venv-sglang
 	FLOWRL_REQUIRE_SGLANG=1 $(BIN)/python -m pytest -m sglang
+
+# Losses, KL and masks against TRL's own, which this installs beside.
+test-cross-check: $(STAMP)-dev
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[cross_check]'
+	FLOWRL_REQUIRE_TRL=1 $(BIN)/python -m pytest tests/algorithms/test_against_trl.py
 
 check: $(STAMP)-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -26,7 +26,20 @@ COLUMNS = {
         ColumnSpec("token_versions", "int32", "response token", "weights that sampled the token, by the engine"),
         ColumnSpec("finish_reason", "uint8", "row", "0 stop, 1 length, 2 abort"),
         ColumnSpec("episode_reward", "float32", "row", "the episode's own score; only with reward.name=episode"),
+        ColumnSpec(
+            "greedy_tokens",
+            "int32",
+            "greedy response token",
+            "the prompt's greedy answer, on the first row of a group, empty on the others; only with remax",
+        ),
         ColumnSpec("reward", "float32", "row", "score of the trajectory"),
+        ColumnSpec(
+            "baseline",
+            "float32",
+            "greedy response",
+            "score of the greedy answer, on the first row of a group, empty on the others; only with remax",
+        ),
+        ColumnSpec("scores", "float32", "name in `weights`", "the scores that gdpo weighs; only with gdpo"),
         ColumnSpec("is_untied", "uint8", "row", "1: its group's rewards differ; only with rollout.filter_tied"),
         ColumnSpec(
             "segment_proximal_logprobs",

@@ -120,14 +120,14 @@ def _default_stages(recipe: Recipe) -> list[Stage]:
             run="flowrl.stages.rollout:main",
             kind=Kind.DRIVER,
             unit=Unit.GROUP,
-            writes=(*ROLLOUT_COLUMNS, *_episode_columns(recipe)),
+            writes=(*ROLLOUT_COLUMNS, *_episode_columns(recipe), *_greedy_columns(recipe)),
             pool="rollout",
         ),
         Stage(
             name="reward",
             run="flowrl.stages.reward:Reward",
-            reads=("data_index", "response_tokens", "response_mask", "token_versions", *_episode_columns(recipe)),
-            writes=("reward",),
+            reads=_reward_reads(recipe),
+            writes=_reward_writes(recipe),
             worker="stages",
         ),
         Stage(
@@ -194,16 +194,39 @@ def _episode_columns(recipe: Recipe) -> tuple[str, ...]:
     return ("episode_reward",) if takes_episode_reward(recipe) else ()
 
 
+def _greedy_columns(recipe: Recipe) -> tuple[str, ...]:
+    """What rollout says of a prompt's greedy response: its tokens, for the reward; its score, if episodes give one."""
+    if not recipe.algorithm.has_greedy_baseline:
+        return ()
+    return ("baseline",) if takes_episode_reward(recipe) else ("greedy_tokens",)
+
+
+def _reward_reads(recipe: Recipe) -> tuple[str, ...]:
+    greedy = tuple(name for name in _greedy_columns(recipe) if name == "greedy_tokens")
+    return ("data_index", "response_tokens", "response_mask", "token_versions", *_episode_columns(recipe), *greedy)
+
+
+def _reward_writes(recipe: Recipe) -> tuple[str, ...]:
+    has_greedy = "greedy_tokens" in _greedy_columns(recipe)
+    return ("reward", *(("baseline",) if has_greedy else ()), *(("scores",) if recipe.algorithm.score_weights else ()))
+
+
+def _estimator_columns(recipe: Recipe) -> tuple[str, ...]:
+    """What the advantage is made of beside reward and length."""
+    found = (("baseline", recipe.algorithm.has_greedy_baseline), ("scores", bool(recipe.algorithm.score_weights)))
+    return tuple(name for name, is_needed in found if is_needed) + _filter_columns(recipe)
+
+
 def _train_columns(recipe: Recipe) -> tuple[str, ...]:
     if recipe.algorithm.estimates_in_trainer:
-        return tuple(name for name in TRAIN_COLUMNS if name != "advantage") + _filter_columns(recipe)
+        return tuple(name for name in TRAIN_COLUMNS if name != "advantage") + _estimator_columns(recipe)
     return TRAIN_COLUMNS
 
 
 def _advantage_columns(recipe: Recipe) -> tuple[str, ...]:
     """Lengths, where the score or the baseline depends on them, come from the mask."""
     needs_length = recipe.algorithm.overlong_buffer > 0 or recipe.algorithm.advantage == "opo"
-    return ("reward", *(("response_mask",) if needs_length else ()), *_filter_columns(recipe))
+    return ("reward", *(("response_mask",) if needs_length else ()), *_estimator_columns(recipe))
 
 
 def _filter_columns(recipe: Recipe) -> tuple[str, ...]:

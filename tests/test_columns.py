@@ -11,7 +11,7 @@ from flowrl.config import load
 from flowrl.pipeline import ROLLOUT_COLUMNS, stages
 from flowrl.rollout.engine import FinishReason
 from flowrl.rollout.episodes import Trajectory
-from flowrl.stages.rollout import columns_of
+from flowrl.rollout.finished import FinishedRow, columns_of
 from transfer_queue.rows import RowKey
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "recipes" / "quickstart.yaml"
@@ -21,6 +21,8 @@ VARIANTS = (
     (),
     ("rollout.filter_tied=true",),
     ("algorithm.name=segment_ppo",),
+    ("algorithm.name=remax",),
+    ("algorithm.name=gdpo", "algorithm.advantage_settings.weights={score: 1.0}"),
     ("reward.name=episode", "rollout.episode=mine.py:scored", "warm_start=null"),
 )
 
@@ -37,7 +39,27 @@ def test_rollout_writes_the_types_that_the_table_says() -> None:
         tokens=np.array([4, 5]), mask=np.ones(2), logprobs=np.zeros(2), versions=np.zeros(2),
         finish_reason=FinishReason.STOP,
     )  # fmt: skip
-    written = columns_of([(RowKey("train", 0, 0), 7, (1, 2, 3), trajectory)])
+    row = FinishedRow(key=RowKey("train", 0, 0), index=7, prompt=(1, 2, 3), trajectory=trajectory, greedy=trajectory)
+    written = columns_of([row], has_greedy=True)
     assert {name: column.values.dtype.name for name, column in written.items()} == {
-        name: COLUMNS[name].dtype for name in ROLLOUT_COLUMNS
+        name: COLUMNS[name].dtype for name in (*ROLLOUT_COLUMNS, "greedy_tokens")
     }
+
+
+def test_a_greedy_response_rides_on_one_row_and_its_versions_count() -> None:
+    def trajectory(reward: float | None, *versions: int) -> Trajectory:
+        return Trajectory(
+            tokens=np.array([4, 0, 6]), mask=np.array([1, 0, 1]), logprobs=np.zeros(3), versions=np.array(versions),
+            finish_reason=FinishReason.STOP, reward=reward,
+        )  # fmt: skip
+
+    def rows(reward: float | None) -> list[FinishedRow]:
+        first, second, greedy = trajectory(reward, 5, 5, 6), trajectory(reward, 6, 6, 6), trajectory(reward, 4, 5, 5)
+        return [
+            FinishedRow(key=RowKey("train", 0, 0), index=0, prompt=(1,), trajectory=first, greedy=greedy),
+            FinishedRow(key=RowKey("train", 0, 1), index=0, prompt=(1,), trajectory=second),
+        ]
+
+    assert [row.oldest_version for row in rows(None)] == [4, 6]
+    assert [answer.tolist() for answer in columns_of(rows(None), has_greedy=True)["greedy_tokens"]] == [[6], []]
+    assert [score.tolist() for score in columns_of(rows(0.5), has_greedy=True)["baseline"]] == [[0.5], []]

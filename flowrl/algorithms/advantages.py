@@ -27,7 +27,7 @@ def gae(
     is_on_BT = mask_BT > 0
     reward_BT, value_BT = only(reward_BT, is_on_BT), only(value_BT, is_on_BT)
     adv_BT = torch.zeros_like(reward_BT)
-    next_value_B = next_adv_B = torch.zeros_like(reward_BT[:, 0])
+    next_value_B = next_adv_B = reward_BT.new_zeros(len(reward_BT))
     for t in reversed(range(reward_BT.shape[1])):
         is_on_B = is_on_BT[:, t]
         delta_B = reward_BT[:, t] + gamma * next_value_B - value_BT[:, t]
@@ -118,12 +118,18 @@ def opo(score_B: Tensor, length_B: Tensor, group_B: Tensor) -> Tensor:
 
 
 def gdpo(scores_KB: Tensor, group_B: Tensor, weight_K: Tensor) -> Tensor:
-    """Σ_k w_k·grpo(r_k), whitened over the samples of the batch. GDPO, 2026. -> adv_B."""
+    """Σ_k w_k·grpo(r_k), whitened over the samples of the batch. Liu et al. 2026 (GDPO, arXiv 2601.05242). -> adv_B."""
+    summed_B = weighted_grpo(scores_KB, group_B, weight_K)
+    return whiten(summed_B, torch.ones_like(summed_B))
+
+
+def weighted_grpo(scores_KB: Tensor, group_B: Tensor, weight_K: Tensor) -> Tensor:
+    """Σ_k w_k·grpo(r_k): GDPO before the batch is complete. `weight_K`: one weight for each kind of score."""
+    weight_K = torch.as_tensor(weight_K, dtype=torch.float32, device=scores_KB.device)
     if scores_KB.ndim != 2 or weight_K.shape != scores_KB.shape[:1]:
         raise ValueError(f"weight_K: shape {tuple(weight_K.shape)}; must hold one weight for each row of scores_KB")
     each_KB = torch.stack([grpo(score_B, group_B) for score_B in scores_KB])
-    summed_B = (weight_K.float()[:, None] * each_KB).sum(dim=0)
-    return whiten(summed_B, torch.ones_like(summed_B))
+    return (weight_K[:, None] * each_KB).sum(dim=0)
 
 
 def grpo_passk(score_B: Tensor, group_B: Tensor) -> Tensor:

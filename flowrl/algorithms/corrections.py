@@ -140,7 +140,8 @@ def _metrics(logratio_BT: Tensor, weight_BT: Tensor, is_on_BT: Tensor) -> dict[s
     bounded_BT = logratio_BT.clamp(-MAX_LOGRATIO, MAX_LOGRATIO)
     num_tokens = is_on_BT.sum()
     # Σw and Σw² relative to the largest weight: a weight may be as large as exp(20).
-    relative_BT = weight_BT / weight_BT.amax().clamp(min=torch.finfo(torch.float32).tiny)
+    largest = weight_BT.amax() if weight_BT.numel() else weight_BT.sum()
+    relative_BT = weight_BT / largest.clamp(min=torch.finfo(torch.float32).tiny)
     squares = relative_BT.square().sum() * num_tokens
     return {
         "rollout_corr/kl": masked_mean(-bounded_BT, is_on_BT),

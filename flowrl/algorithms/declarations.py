@@ -99,7 +99,9 @@ ADVANTAGES = {
     "lite_ppo": AdvantageTraits(scope=Scope.SCALE, inputs=_SCORE_GROUP, settings=("eps",), least_group=2),
     "remax": AdvantageTraits(scope=Scope.ROW, inputs=("score_B", "baseline_B")),
     "opo": AdvantageTraits(scope=Scope.GROUP, inputs=("score_B", "length_B", "group_B"), least_group=2),
-    "gdpo": AdvantageTraits(scope=Scope.BATCH, inputs=("scores_KB", "group_B", "weight_K")),
+    "gdpo": AdvantageTraits(
+        scope=Scope.BATCH, inputs=("scores_KB", "group_B", "weight_K"), settings=("weights",), least_group=2
+    ),
     "grpo_passk": AdvantageTraits(scope=Scope.GROUP, inputs=_SCORE_GROUP, least_group=2),
 }
 
@@ -142,6 +144,8 @@ ALGORITHMS = {
     "gmpo": Algorithm(advantage="grpo", loss="geo_mean", aggregation="seq-mean-token-mean"),
     "rloo": Algorithm(advantage="rloo", loss="ppo"),
     "opo": Algorithm(advantage="opo", loss="ppo"),
+    "remax": Algorithm(advantage="remax", loss="ppo"),
+    "gdpo": Algorithm(advantage="gdpo", loss="ppo"),
     "grpo_passk": Algorithm(advantage="grpo_passk", loss="ppo"),
     "lite_ppo": Algorithm(advantage="lite_ppo", loss="ppo", loss_settings={"c": None}),
     "reinforce_plus_plus": Algorithm(advantage="reinforce_plus_plus", loss="ppo"),

@@ -42,6 +42,9 @@ def centre(x: Tensor, is_on: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Values are taken relative to the smallest one before averaging: equal values then give exactly 0, which the plain
     float32 mean does not, and dividing its rounding error by a tiny deviation would turn it into signal.
     """
+    if not x.numel():
+        nothing = torch.zeros((), device=x.device)
+        return x.float(), nothing, nothing
     count = is_on.sum()
     smallest = x.float().masked_fill(~is_on, torch.inf).amin()
     pivot = torch.where(count > 0, smallest, 0.0)

@@ -20,8 +20,6 @@ from transfer_queue.policies import late_policy
 
 ANCHORS = {"rollout": Anchor.ROLLOUT, "recomputed": Anchor.RECOMPUTED, "loglinear": Anchor.RECOMPUTED}
 CLIPS = {"lo": "clip_low", "hi": "clip_high", "c": "dual_clip"}
-# gdpo weighs several scores of a sample, and the reward stage gives one; remax needs a greedy sample beside each group.
-NOT_IN_RECIPES = ("gdpo", "remax")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +73,9 @@ class AlgorithmConfig:
     """name: a preset (docs/algorithms.md has the table); it says what the other fields are where a recipe does not.
 
     advantage, loss: names, or functions of yours by dotted path. advantage_settings, loss_settings: their other
-    arguments. clip_low, clip_high: how far the ratio may leave 1; dual_clip: how far where A < 0; null leaves a side
-    open. aggregate: how token losses become one number; horizon: what seq-mean-token-sum-norm divides by, null for
+    arguments; for gdpo `weights`, what each score weighs, by its name in what the reward function gives (`score`: the
+    reward itself). clip_low, clip_high: how far the ratio may leave 1; dual_clip: how far where A < 0; null leaves a
+    side open. aggregate: how token losses become one number; horizon: what seq-mean-token-sum-norm divides by, null for
     `rollout.max_tokens`.
     old: the anchor of the ratio: `rollout` (what sampled the token), `recomputed` (the trainer's policy before the
     update), `loglinear` (a stand-in for it, between the two).
@@ -127,6 +126,16 @@ class AlgorithmConfig:
         return self.advantage == "gae"
 
     @property
+    def has_greedy_baseline(self) -> bool:
+        """A greedy response to every prompt, beside those that are trained on."""
+        return self.advantage == "remax"
+
+    @property
+    def score_weights(self) -> dict[str, float]:
+        """By the names of the scores that a sample's advantage is made of; empty where there is one reward."""
+        return {name: float(weight) for name, weight in self.advantage_settings.get("weights", {}).items()}
+
+    @property
     def has_weight_in_loss(self) -> bool:
         return not self.has_own_loss and LOSSES[self.loss].has_own_weight
 
@@ -159,18 +168,38 @@ class AlgorithmConfig:
         return found, reason
 
     def _check_parts(self) -> None:
-        known = [name for name in ADVANTAGES if name not in NOT_IN_RECIPES]
-        _check_part("algorithm.advantage", self.advantage, known)
+        _check_part("algorithm.advantage", self.advantage, list(ADVANTAGES))
         _check_part("algorithm.loss", self.loss, list(LOSSES))
         if not self.has_own_advantage:
             allowed = ADVANTAGES[self.advantage].settings
             _check_settings("algorithm.advantage_settings", self.advantage_settings, allowed, self.advantage)
+        if self.advantage == "gdpo":
+            self._check_several_scores()
         if not self.has_own_loss:
             _check_settings("algorithm.loss_settings", self.loss_settings, LOSSES[self.loss].settings, self.loss)
         try:
             check_aggregation("ppo" if self.has_own_loss else self.loss, self.aggregate)
         except ValueError as error:
             raise ValueError(f"algorithm.aggregate: {error}") from error
+
+    def _check_several_scores(self) -> None:
+        name, weights = "algorithm.advantage_settings.weights", self.advantage_settings.get("weights")
+        if not isinstance(weights, dict) or not weights:
+            raise ValueError(
+                f"{name}: {weights!r}; gdpo needs the names of the reward's scores and what each weighs, "
+                "such as {score: 1.0, acc: 0.5}"
+            )
+        for score, weight in weights.items():
+            check_positive(f"{name}.{score}", weight)
+        for field_name, is_set in (
+            ("kl.place", self.kl is not None and self.kl.place == "reward"),
+            ("overlong_buffer", self.overlong_buffer > 0),
+        ):
+            if is_set:
+                raise ValueError(
+                    f"algorithm.{field_name}: comes off the reward, and gdpo normalises several scores each by itself; "
+                    "make it one of the reward's scores, or place the KL in the loss"
+                )
 
     def _check_clips(self) -> None:
         for name in ("clip_low", "clip_high"):

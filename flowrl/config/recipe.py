@@ -140,10 +140,26 @@ def refuse_unsuitable_algorithm(recipe: Recipe) -> None:
             f"algorithm.overlong_buffer: {algorithm.overlong_buffer}; must not exceed rollout.max_tokens="
             f"{rollout.max_tokens}"
         )
+    refuse_unsuitable_rewards(recipe)
     if algorithm.estimates_in_trainer and "advantage" in recipe.stages:
         raise ValueError(
             f"stages.advantage: {recipe.stages['advantage'].run!r}; the trainer computes advantages here, because "
             f"{algorithm.streaming()[1]}; set algorithm.advantage to a function of yours"
+        )
+
+
+def refuse_unsuitable_rewards(recipe: Recipe) -> None:
+    """What filters by the reward, or gives one, where the advantage is made of more than that."""
+    algorithm = recipe.algorithm
+    if recipe.rollout.filter_tied and (algorithm.has_greedy_baseline or algorithm.score_weights):
+        more = "the greedy sample's" if algorithm.has_greedy_baseline else "several scores"
+        raise ValueError(
+            f"rollout.filter_tied: True; algorithm.advantage={algorithm.advantage} compares {more}: a group "
+            "whose rewards are all equal still teaches something"
+        )
+    if algorithm.score_weights and takes_episode_reward(recipe):
+        raise ValueError(
+            f"reward.name: {EPISODE_REWARD!r}; an episode gives one score, and algorithm.advantage=gdpo weighs several"
         )
 
 

@@ -25,7 +25,8 @@ def make_engine(recipe: Recipe, context: WorkerContext, longest_prompt: int) -> 
             servers=rollout.servers,
             urls=rollout.urls,
         )
-    return _embedded(recipe, context, rollout.concurrency * (rollout.group_size + rollout.redundancy), longest_prompt)
+    responses = rollout.group_size + rollout.redundancy + recipe.algorithm.has_greedy_baseline
+    return _embedded(recipe, context, rollout.concurrency * responses, longest_prompt)
 
 
 def make_evaluation_engine(recipe: Recipe, context: WorkerContext, longest_prompt: int) -> Engine:

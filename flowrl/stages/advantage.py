@@ -10,7 +10,7 @@ import torch
 
 from controllers.context import WorkerContext
 from flowrl.config import load
-from flowrl.trainer.estimator import Estimator, shaped_scores
+from flowrl.trainer.estimator import Estimator, per_group, shaped_scores
 from transfer_queue.rows import Column, Rows
 
 
@@ -29,5 +29,7 @@ class GroupAdvantage:
             lengths = [int(np.count_nonzero(mask)) for mask in rows["response_mask"]]
             more["length_B"] = torch.tensor(lengths)
             reward_B = shaped_scores(reward_B, more["length_B"], self.algorithm, self.max_tokens)
+        if "baseline" in rows:
+            more["baseline_B"] = per_group(list(rows["baseline"]), group_B)
         advantage_B = self.estimator(reward_B, group_B, **more)
         return {"advantage": Column.scalars(advantage_B.numpy(), "float32")}

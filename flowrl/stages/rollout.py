@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -26,22 +25,23 @@ from flowrl.data.datasets import load_splits
 from flowrl.data.order import prompt_at
 from flowrl.data.prompts import PromptEncoder
 from flowrl.determinism import fix_kernels
-from flowrl.rollout.engine import Engine, FinishReason, GenerateRequest, PauseMode, SamplingParams
+from flowrl.rollout.engine import Engine, GenerateRequest, PauseMode, SamplingParams
 from flowrl.rollout.engines import make_engine
 from flowrl.rollout.episodes import Failure, Trajectory
 from flowrl.rollout.episodes.runner import EpisodeRunner
+from flowrl.rollout.finished import FinishedRow, columns_of
 from flowrl.rollout.scheduling.groups import first_to_end
 from flowrl.rollout.scheduling.surplus import is_overdue
 from flowrl.rollout.shares import Shares
 from flowrl.stages.sources import make_source
 from flowrl.stages.turns import EngineTurn
 from transfer_queue.async_client import AsyncQueueClient
-from transfer_queue.rows import Column, RowKey
+from transfer_queue.rows import RowKey
 from transfer_queue.wire import Reservation
 
 RESERVE_WAIT_S = 30.0
 BYTES_PER_RESPONSE_TOKEN = 4 + 1 + 4 + 4  # response_tokens, response_mask, rollout_logprobs, token_versions
-FINISH_CODES = {FinishReason.STOP: 0, FinishReason.LENGTH: 1, FinishReason.ABORT: 2}
+GREEDY = "greedy"
 
 
 def main(context: WorkerContext) -> None:
@@ -92,6 +92,7 @@ class RolloutStage:
             stop_token_ids=prompts.stop_token_ids,
             stop_strings=tuple(recipe.rollout.stop_strings),
         )
+        self.has_greedy = recipe.algorithm.has_greedy_baseline
         self.events = context.event_log()
         self.turn = EngineTurn(context, self.events)
         # Reserved whole and put whole where the recipe says so; new weights are loaded in between.
@@ -99,7 +100,7 @@ class RolloutStage:
         self.takes_weights = asyncio.Lock()
         self.running: dict[asyncio.Task[None], Reservation] = {}
         self.has_place = asyncio.Event()
-        self.finished: list[tuple[RowKey, int, tuple[int, ...], Trajectory]] = []
+        self.finished: list[FinishedRow] = []
         self.has_finished = asyncio.Event()
 
     async def run(self) -> None:
@@ -166,28 +167,48 @@ class RolloutStage:
         while True:
             share = await self.shares.reserve(queue)
             async with self.takes_weights:
-                samples = [
-                    self._sample(key, *self.prompts.of_group(reservation.group))
-                    for reservation in share
-                    for key in reservation.keys
-                ]
-                failures = [failure for failure in await asyncio.gather(*samples) if failure is not None]
+                groups = await asyncio.gather(*(self._run_group(reservation) for reservation in share))
+                failures = [failure for failure in groups if failure is not None]
                 if failures:
                     raise RuntimeError(f"an episode failed, and its share is not whole: {failures[0]}")
                 self.has_finished.set()
 
     async def _sample_group(self, reservation: Reservation, queue: AsyncQueueClient) -> None:
         """A group is whole or nothing: where too many episodes fail the others end, and its prompt is tried again."""
+        failure = await self._run_group(reservation)
+        if failure is not None:
+            await queue.drop(reservation.keys[:1], f"episode_failed:{failure.reason}", again=True)
+
+    async def _run_group(self, reservation: Reservation) -> Failure | None:
+        """Its samples at once; beside them, where the algorithm wants one, the greedy response, for which the first row
+        waits."""
         index, prompt = self.prompts.of_group(reservation.group)
         keys = reservation.keys
         for key in keys:
             self.events.write("dispatched", key, version=self.engine.version)
         candidates = [self._generate(key, index, prompt) for key in (*keys, *self._spares(reservation))]
-        failure = await first_to_end(
-            candidates, len(keys), lambda place, trajectory: self._finish(keys[place], index, prompt, trajectory)
-        )
-        if failure is not None:
-            await queue.drop(keys[:1], f"episode_failed:{failure.reason}", again=True)
+        if not self.has_greedy:
+            return await first_to_end(
+                candidates, len(keys), lambda place, trajectory: self._finish(keys[place], index, prompt, trajectory)
+            )
+        first: list[Trajectory] = []
+
+        def accept(place: int, trajectory: Trajectory) -> None:
+            if place:
+                self._finish(keys[place], index, prompt, trajectory)
+            else:
+                first.append(trajectory)
+
+        greedy = asyncio.create_task(self._generate(keys[0], index, prompt, is_greedy=True))
+        try:
+            failure = await first_to_end(candidates, len(keys), accept)
+            baseline = failure or await greedy
+        finally:
+            greedy.cancel()
+        if isinstance(baseline, Failure):
+            return baseline
+        self._finish(keys[0], index, prompt, first[0], baseline)
+        return None
 
     def _spares(self, reservation: Reservation) -> list[RowKey]:
         """Names of samples beyond those that are reserved; the queue never hears of them."""
@@ -195,25 +216,30 @@ class RolloutStage:
         places = range(size, size + self.recipe.rollout.redundancy)
         return [RowKey(reservation.partition, reservation.group, place, reservation.attempt) for place in places]
 
-    async def _sample(self, key: RowKey, index: int, prompt: tuple[int, ...]) -> Failure | None:
-        self.events.write("dispatched", key, version=self.engine.version)
-        outcome = await self._generate(key, index, prompt)
-        if isinstance(outcome, Failure):
-            return outcome
-        self._finish(key, index, prompt, outcome)
-        return None
-
-    async def _generate(self, key: RowKey, index: int, prompt: tuple[int, ...]) -> Trajectory | Failure:
+    async def _generate(
+        self, key: RowKey, index: int, prompt: tuple[int, ...], *, is_greedy: bool = False
+    ) -> Trajectory | Failure:
+        sampling = dataclasses.replace(self.sampling, seed=self._seed(key))
         request = GenerateRequest(
-            request_id=f"{key.group}.{key.index}.{key.attempt}",
+            request_id=f"{key.group}.{GREEDY if is_greedy else key.index}.{key.attempt}",
             tokens=prompt,
-            sampling=dataclasses.replace(self.sampling, seed=self._seed(key)),
+            sampling=dataclasses.replace(sampling, temperature=0.0) if is_greedy else sampling,
         )
         return await self.episodes.run(self.engine, request, self.prompts.examples[index])
 
-    def _finish(self, key: RowKey, index: int, prompt: tuple[int, ...], trajectory: Trajectory) -> None:
+    def _finish(
+        self,
+        key: RowKey,
+        index: int,
+        prompt: tuple[int, ...],
+        trajectory: Trajectory,
+        greedy: Trajectory | None = None,
+    ) -> None:
         self.events.write("sampled", key, versions=trajectory.spans())
-        self.finished.append((key, index, trajectory.prompt or prompt, trajectory))
+        row = FinishedRow(
+            key=key, index=index, prompt=trajectory.prompt or prompt, trajectory=trajectory, greedy=greedy
+        )
+        self.finished.append(row)
         if self.shares is None:
             self.has_finished.set()
 
@@ -228,10 +254,9 @@ class RolloutStage:
             await self.has_finished.wait()
             self.has_finished.clear()
             batch, self.finished = self.finished, []
-            keys = [key for key, *_ in batch]
             self.events.flush()  # a row that others can see has its history in the log, should this process die now
-            oldest = [int(trajectory.versions.min()) for *_, trajectory in batch]
-            await queue.put(keys, columns_of(batch), oldest)
+            columns = columns_of(batch, has_greedy=self.has_greedy)
+            await queue.put([row.key for row in batch], columns, [row.oldest_version for row in batch])
 
     async def _follow(self, queue: AsyncQueueClient, published: asyncio.Queue[dict[str, Any]]) -> None:
         """Loads the newest weights; of several that arrived meanwhile, only the last."""
@@ -297,7 +322,7 @@ class RolloutStage:
     @property
     def row_bytes(self) -> int:
         """The most that a row's columns take."""
-        per_token = BYTES_PER_RESPONSE_TOKEN + (4 if needs_segments(self.recipe) else 0)
+        per_token = BYTES_PER_RESPONSE_TOKEN + 4 * (needs_segments(self.recipe) + self.has_greedy)
         return per_token * self.recipe.rollout.max_tokens + 4 * self.prompts.longest + 32
 
 
@@ -305,25 +330,3 @@ def sample_seed(run_seed: int, key: RowKey) -> int:
     """A seed for every sample, the same wherever and whenever it is drawn."""
     sequence = np.random.SeedSequence((run_seed, key.group, key.index, key.attempt))
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def columns_of(batch: list[tuple[RowKey, int, tuple[int, ...], Trajectory]]) -> dict[str, Column]:
-    trajectories = [trajectory for *_, trajectory in batch]
-    return {
-        "data_index": Column.scalars([index for _, index, *_ in batch], "int64"),
-        "prompt_tokens": Column.ragged([prompt for _, _, prompt, _ in batch], "int32"),
-        "response_tokens": Column.ragged([trajectory.tokens for trajectory in trajectories], "int32"),
-        "response_mask": Column.ragged([trajectory.mask for trajectory in trajectories], "uint8"),
-        "rollout_logprobs": Column.ragged([trajectory.logprobs for trajectory in trajectories], "float32"),
-        "token_versions": Column.ragged([trajectory.versions for trajectory in trajectories], "int32"),
-        "finish_reason": Column.scalars(
-            [FINISH_CODES[trajectory.finish_reason] for trajectory in trajectories], "uint8"
-        ),
-        **_episode_rewards(trajectories),
-    }
-
-
-def _episode_rewards(trajectories: Sequence[Trajectory]) -> dict[str, Column]:
-    """A column only where episodes give rewards; then all do."""
-    rewards = [trajectory.reward for trajectory in trajectories if trajectory.reward is not None]
-    return {"episode_reward": Column.scalars(rewards, "float32")} if rewards else {}

@@ -6,9 +6,10 @@ Used by the advantage stage, and by the trainer where advantages need what only 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,14 +22,14 @@ from flowrl.config.algorithm import AlgorithmConfig
 
 class Estimator:
     """Scores of whole groups -> one advantage a sample. What spans the batch comes after it: the whitening of
-    `reinforce_plus_plus_baseline`, the deviation that Lite PPO divides by."""
+    `reinforce_plus_plus_baseline` and `gdpo`, the deviation that Lite PPO divides by."""
 
     def __init__(self, algorithm: AlgorithmConfig) -> None:
-        self._settings = algorithm.advantage_settings
+        self._settings = {} if algorithm.score_weights else algorithm.advantage_settings
         self._function, self._inputs = _function(algorithm)
 
     def __call__(self, score_B: Tensor, group_B: Tensor, **more_B: Tensor) -> Tensor:
-        """more_B: `length_B` (trained tokens), which only some estimators need.
+        """more_B: `length_B` (trained tokens), `baseline_B`, `scores_KB`, each of which only some estimators need.
 
         Raises ValueError if a function of the user's gives something else than a finite number a sample.
         """
@@ -50,7 +51,21 @@ def _function(algorithm: AlgorithmConfig) -> tuple[Callable[..., Any], tuple[str
         return lambda score_B, group_B, **_: advantages.centred(score_B, group_B), ("score_B", "group_B")
     if algorithm.advantage == "reinforce_plus_plus_baseline":
         return functools.partial(advantages.grpo, divide_by_std=False), ("score_B", "group_B")
+    if algorithm.advantage == "gdpo":
+        weight_K = torch.tensor(list(algorithm.score_weights.values()))
+        return functools.partial(advantages.weighted_grpo, weight_K=weight_K), ("scores_KB", "group_B")
     return registry.ADVANTAGES[algorithm.advantage], ADVANTAGES[algorithm.advantage].inputs
+
+
+def per_group(numbers: Sequence[np.ndarray], group_B: Tensor) -> Tensor:
+    """What one row of each group has, and the others leave empty, on all rows of the group, (B,).
+
+    Raises ValueError for a group in which no row has it."""
+    of_group = {group: float(number[0]) for group, number in zip(group_B.tolist(), numbers, strict=True) if len(number)}
+    missing = set(group_B.tolist()) - set(of_group)
+    if missing:
+        raise ValueError(f"baseline: group {min(missing)} came without one; its first row must have it")
+    return torch.tensor([of_group[group] for group in group_B.tolist()])
 
 
 def shaped_scores(reward_B: Tensor, length_B: Tensor, algorithm: AlgorithmConfig, max_tokens: int) -> Tensor:

@@ -19,6 +19,9 @@ from transfer_queue.rows import RowKey, Rows
 # Columns of the queue that hold one number a response token -> their names in a sample.
 ROW_COLUMNS = {"token_versions": "version", "segment_proximal_logprobs": "segment"}
 
+# Those that hold numbers of the row, or of its group.
+ROW_NUMBERS = ("baseline", "scores")
+
 # advantage; version: of the weights that sampled it; old, reference: log-probs under the policy before the update and
 # under the reference; segment: under the version after its own, NaN where absent; keep: 0 where a correction leaves it
 # out.
@@ -38,7 +41,8 @@ class Sample:
     """A row of the queue, as the policy update sees it. Arrays are views of the columns.
 
     advantage: of every token of the row, unless `per_token` has its own. per_token: what else an algorithm needs, one
-    number a response token, by the names of `PER_TOKEN`."""
+    number a response token, by the names of `PER_TOKEN`. per_row: what an advantage is made of beside the reward, by
+    the names of `ROW_NUMBERS`."""
 
     key: RowKey
     prompt_tokens: np.ndarray
@@ -48,6 +52,7 @@ class Sample:
     advantage: float
     reward: float = 0.0
     per_token: Mapping[str, np.ndarray] = field(default_factory=dict)
+    per_row: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def num_trained_tokens(self) -> int:
@@ -97,6 +102,7 @@ def samples_from_rows(rows: Rows) -> list[Sample]:
     columns = [rows[name] for name in ("prompt_tokens", "response_tokens", "response_mask", "rollout_logprobs")]
     scalars = [rows[name].values if name in rows else np.zeros(len(rows)) for name in ("advantage", "reward")]
     more = {per_token: rows[column] for column, per_token in ROW_COLUMNS.items() if column in rows}
+    numbers = {name: rows[name] for name in ROW_NUMBERS if name in rows}
     samples = []
     for place, (key, prompt, response, mask, logprobs) in enumerate(zip(rows.keys, *columns, strict=True)):
         if len(prompt) == 0:
@@ -106,7 +112,8 @@ def samples_from_rows(rows: Rows) -> list[Sample]:
             raise ValueError(f"response_tokens: row {key} has {lengths} tokens, mask entries, log-probs; must be equal")
         per_token = {name: _whole(column[place], len(response)) for name, column in more.items()}
         advantage, reward = (float(values[place]) for values in scalars)
-        samples.append(Sample(key, prompt, response, mask, logprobs, advantage, reward, per_token))
+        per_row = {name: column[place] for name, column in numbers.items()}
+        samples.append(Sample(key, prompt, response, mask, logprobs, advantage, reward, per_token, per_row))
     return samples
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowrl.algorithms import advantages, corrections, kl
 from flowrl.config.algorithm import AlgorithmConfig
-from flowrl.trainer.estimator import Estimator, shaped_scores
+from flowrl.trainer.estimator import Estimator, per_group, shaped_scores
 from flowrl.trainer.gathering import gather_values, global_moments, global_whiten
 from flowrl.trainer.packing import Sample
 
@@ -104,12 +104,25 @@ class Preparation:
     def _of_samples(self, estimator: Estimator, samples: list[Sample], score_B: Tensor, mask_BT: Tensor) -> Tensor:
         """An estimator of samples, and what it leaves to the batch."""
         group_B = torch.tensor([sample.key.group for sample in samples], dtype=torch.int64)
-        adv_BT = advantages.spread(estimator(score_B, group_B, length_B=mask_BT.sum(dim=1)), mask_BT)
+        more_B = {"length_B": mask_BT.sum(dim=1), **self._row_numbers(samples, group_B)}
+        adv_B = estimator(score_B, group_B, **more_B)
+        if self._algorithm.advantage == "gdpo":
+            adv_B = global_whiten(adv_B[None], torch.ones_like(adv_B)[None])[0]
+        adv_BT = advantages.spread(adv_B, mask_BT)
         if self._algorithm.advantage == "reinforce_plus_plus_baseline":
             return global_whiten(adv_BT, mask_BT)
         if self._algorithm.advantage == "lite_ppo":
             return adv_BT / self._lite_ppo_divisor(score_B)
         return adv_BT
+
+    def _row_numbers(self, samples: list[Sample], group_B: Tensor) -> dict[str, Tensor]:
+        """What the estimator needs beside rewards and lengths."""
+        if self._algorithm.has_greedy_baseline:
+            return {"baseline_B": per_group([sample.per_row["baseline"] for sample in samples], group_B)}
+        if not self._algorithm.score_weights:
+            return {}
+        scores_BK = [sample.per_row["scores"] for sample in samples]
+        return {"scores_KB": torch.from_numpy(np.array(scores_BK, np.float32)).view(len(samples), -1).T}
 
     def _lite_ppo_divisor(self, score_B: Tensor) -> float:
         _, variance = global_moments(score_B)

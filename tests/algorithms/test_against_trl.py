@@ -1,10 +1,12 @@
-"""Losses, KL and masks against those of TRL's GRPO trainer, where TRL is installed (`pip install flowrl[cross_check]`).
+"""Losses, KL and masks against those of TRL's GRPO trainer, where TRL is installed (`make test-cross-check`).
 
 What runs is TRL's own loss, given log-probs instead of a model.
 """
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,12 @@ from flowrl.algorithms.advantages import spread
 from flowrl.algorithms.losses import aggregate, cispo, gspo, ppo, sapo
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="TRL is not installed (extra: cross_check)")
+if os.environ.get("FLOWRL_REQUIRE_TRL"):
+    grpo_trainer = importlib.import_module("trl.trainer.grpo_trainer")
+else:
+    grpo_trainer = pytest.importorskip(
+        "trl.trainer.grpo_trainer", reason="TRL is not installed (make test-cross-check)"
+    )
 
 B, T, HORIZON = 6, 9, 16
 

@@ -78,3 +78,15 @@ def test_an_advantage_that_is_no_number_a_sample_is_refused(body: str, tmp_path:
     estimator = Estimator(configured("grpo", advantage=f"{tmp_path}/mine.py:broken"))
     with pytest.raises(ValueError, match=r"algorithm\.advantage: gave shape .* must give one finite number each"):
         estimator(torch.tensor([0.0, 1.0, 2.0]), torch.zeros(3))
+
+
+def test_remax_subtracts_the_score_of_the_groups_greedy_response(tmp_path: Path) -> None:
+    baseline = Column.ragged([[0.5], [], [], [], [2.0], [], [0.25], [], []], "float32")
+    found = stage(tmp_path, "algorithm: {name: remax}").process(rows(baseline=baseline))
+    np.testing.assert_allclose(of(found), SCORES - np.repeat([0.5, 2.0, 0.25], 3))
+
+
+def test_a_group_without_a_greedy_score_is_an_error_that_names_it(tmp_path: Path) -> None:
+    baseline = Column.ragged([[0.5], [], [], [], [], [], [0.25], [], []], "float32")
+    with pytest.raises(ValueError, match="baseline: group 1 came without one"):
+        stage(tmp_path, "algorithm: {name: remax}").process(rows(baseline=baseline))

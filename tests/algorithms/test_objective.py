@@ -207,8 +207,9 @@ def test_a_loss_of_the_users_own_gets_its_settings(tmp_path: Path) -> None:
 
 def test_every_preset_makes_an_objective() -> None:
     for name in ALGORITHMS:
-        assert configured(name).name == name
-        losses, _, _, _ = found(make_samples(), name, has_old=configured(name).old == "recomputed")
+        given = {"advantage_settings": {"weights": {"score": 1.0}}} if name == "gdpo" else {}
+        config = configured(name, **given)
+        losses, _, _, _ = found(make_samples(), name, has_old=config.old == "recomputed", **given)
         assert np.isfinite(losses).all()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.runs import events, run_to_end, small_run
+from tests.integration.runs import ROOT, events, run_to_end, small_run
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -18,11 +18,21 @@ REWARD = """
     import zlib
 
     def compute_score(data_source, solution_str, ground_truth, extra_info):
-        return zlib.crc32(solution_str.encode()) % 1000 / 1000
+        score = zlib.crc32(solution_str.encode()) % 1000 / 1000
+        return {"score": score, "acc": score}
 """
+RECIPES = sorted(path.stem for path in (ROOT / "recipes" / "algorithms").glob("*.yaml"))
 
 
-def ran(tmp_path: Path, recipe: str, *overrides: str, staleness: int = 2, steps: int = STEPS) -> list[dict[str, float]]:
+def ran(
+    tmp_path: Path,
+    recipe: str,
+    *overrides: str,
+    staleness: int = 2,
+    steps: int = STEPS,
+    rows: int = 64,
+    learns: bool = True,
+) -> list[dict[str, float]]:
     """What each update of a run that ended well measured; the run kept its bound."""
     (tmp_path / "noise.py").write_text(textwrap.dedent(REWARD))
     arguments = small_run(
@@ -41,13 +51,30 @@ def ran(tmp_path: Path, recipe: str, *overrides: str, staleness: int = 2, steps:
     log = events(run)
     sampled = {tuple(event["key"]): event["versions"] for event in log if event["kind"] == "sampled"}
     trained = {tuple(event["key"]): event["update"] for event in log if event["kind"] == "trained"}
-    assert len(trained) == steps * 64
+    assert len(trained) == steps * rows
     assert max(update - version for key, update in trained.items() for version, _ in sampled[key]) <= staleness
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found = [line for line in lines if "actor/pg_loss" in line]
     assert len(found) == steps
-    assert all(line["actor/grad_norm"] > 0 for line in found)
+    assert all((line["actor/grad_norm"] > 0) == learns for line in found)
     return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_runs(recipe: str, tmp_path: Path) -> None:
+    rows = 32 if recipe == "remax" else 64
+    found = ran(tmp_path, recipe, "rollout.filter_tied=false", "data.size=500", staleness=4, steps=3, rows=rows)
+    assert all(abs(line["actor/pg_loss"]) < 100 for line in found)
+
+
+@pytest.mark.slow
+def test_remax_compares_each_prompt_with_its_own_greedy_response(tmp_path: Path) -> None:
+    """So cold, sampling is greedy, and no response earns more or less than the greedy one of its prompt."""
+    overrides = ("rollout.group_size=1", "train.batch_groups=32", "rollout.temperature=1e-6")
+    found = ran(tmp_path, "remax", *overrides, rows=32, learns=False)
+    assert all(line["critic/advantages/min"] == line["critic/advantages/max"] == 0 for line in found)
+    assert any(line["critic/score/min"] < line["critic/score/max"] for line in found)
 
 
 @pytest.mark.slow

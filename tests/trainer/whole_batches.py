@@ -30,16 +30,30 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "decoupled": {"name": "decoupled_ppo", "m2po": 0.02, "train": {"minibatches": 2, "epochs": 2}},
     "critic": {"name": "ppo", "advantage_settings": {"lam": 0.9}, "train": {"minibatches": 2}},
     "kl_in_reward": {"name": "grpo", "kl": {"coef": 0.1, "estimator": "k1", "place": "reward", "target": 0.1}},
+    "greedy_baseline": {"name": "remax", "kl": {"coef": 0.1, "estimator": "k1", "place": "reward"}},
+    "several_scores": {"name": "gdpo", "advantage_settings": {"weights": {"score": 1.0, "acc": 0.5}}},
     "kl_in_loss": {"name": "grpo", "kl": {"coef": 0.1, "place": "loss", "target": 0.05}},
 }
 
 
 def make_batch(seed: int = 0) -> list[Sample]:
-    """`make_samples` with rewards, two of six groups tied, and a row whose tokens are all masked."""
+    """`make_samples` with rewards, two of six groups tied, and a row whose tokens are all masked; with a second score a
+    row, and a greedy score a group."""
     draw = np.random.default_rng(seed + 50)
     samples = make_samples(NUM_ROWS, seed, longest=LONGEST)
     rewards = [float(sample.key.group) if sample.key.group % 3 == 0 else draw.normal() for sample in samples]
-    return [replace(sample, reward=reward) for sample, reward in zip(samples, rewards, strict=True)]
+    return [
+        replace(sample, reward=reward, per_row=row_numbers(sample, reward))
+        for sample, reward in zip(samples, rewards, strict=True)
+    ]
+
+
+def row_numbers(sample: Sample, reward: float) -> dict[str, np.ndarray]:
+    greedy = [0.25 * sample.key.group] if sample.key.index == 1 else []
+    return {
+        "scores": np.array([reward, sample.key.index % 3], np.float32),
+        "baseline": np.array(greedy, np.float32),
+    }
 
 
 def make(name: str, model_dir: Path, world: World, *, budget: int = 64, rate: float = 1e-3) -> PolicyTrainer:
