@@ -205,9 +205,37 @@ def test_a_loss_of_the_users_own_gets_its_settings(tmp_path: Path) -> None:
     assert metrics == {}
 
 
+def needed(name: str) -> dict[str, Any]:
+    return {"advantage_settings": {"weights": {"score": 1.0}}} if name == "gdpo" else {}
+
+
+@pytest.mark.parametrize("name", sorted(set(ALGORITHMS) - {"dppo_tv", "decoupled_ppo", "segment_ppo"}))
+def test_off_policy_options_scale_any_presets_losses(name: str) -> None:
+    """Each by its own factor, token by token; together by the product."""
+    samples = make_samples()
+    plain, _, _, x = found(samples, name, has_old=True, old="recomputed", **needed(name))
+    own, old, mask = behaved(samples), column(samples, "old"), np.ones((len(samples), 5))
+    drifted = (advantages_of(samples)[:, :1] < 0) & ((own - x).mean(axis=1, keepdims=True) > 1e-4)
+    tis = slow.weights(old, own, mask, "token", "truncate", 0.0, 2.0)
+    icepop = slow.weights(old, own, mask, "token", "mask", 0.8, 1.2)
+    options: list[tuple[dict[str, Any], np.ndarray]] = [
+        ({"correction": {"mode": "truncate", "high": 2.0}}, tis),
+        ({"correction": {"mode": "mask", "low": 0.8, "high": 1.2}}, icepop),
+        ({"m2po": 0.04}, column(samples, "keep")),
+        ({"opsm": 1e-4}, np.where(drifted, 0.0, 1.0)),
+        (
+            {"correction": {"mode": "truncate"}, "m2po": 0.04, "opsm": 1e-4},
+            tis * column(samples, "keep") * np.where(drifted, 0.0, 1.0),
+        ),
+    ]
+    for given, factor in options:
+        losses, _, _, _ = found(samples, name, has_old=True, old="recomputed", **needed(name), **given)
+        np.testing.assert_allclose(losses, plain * factor, rtol=1e-4, atol=1e-6)
+
+
 def test_every_preset_makes_an_objective() -> None:
     for name in ALGORITHMS:
-        given = {"advantage_settings": {"weights": {"score": 1.0}}} if name == "gdpo" else {}
+        given = needed(name)
         config = configured(name, **given)
         losses, _, _, _ = found(make_samples(), name, has_old=config.old == "recomputed", **given)
         assert np.isfinite(losses).all()
