@@ -119,10 +119,11 @@ class Preparation:
         """What the estimator needs beside rewards and lengths."""
         if self._algorithm.has_greedy_baseline:
             return {"baseline_B": per_group([sample.per_row["baseline"] for sample in samples], group_B)}
-        if not self._algorithm.score_weights:
+        num_scores = len(self._algorithm.score_weights)
+        if not num_scores:
             return {}
-        scores_BK = [sample.per_row["scores"] for sample in samples]
-        return {"scores_KB": torch.from_numpy(np.array(scores_BK, np.float32)).view(len(samples), -1).T}
+        scores_BK = np.array([sample.per_row["scores"] for sample in samples], np.float32)
+        return {"scores_KB": torch.from_numpy(scores_BK.reshape(len(samples), num_scores).T)}
 
     def _lite_ppo_divisor(self, score_B: Tensor) -> float:
         _, variance = global_moments(score_B)
