@@ -33,6 +33,7 @@ METHODS = {
     "TIS": "{old: recomputed, correction: {mode: truncate, high: 2.0}}",
 }
 BOUNDS = (0, 2, 4, 8)
+SWEPT = (8, 0, 4, 2)  # the extremes first, so that a sweep that is interrupted has something to say
 SEEDS = (0, 1, 2)
 COLOURS = {"naive": "#dc2626", "decoupled": "#2563eb", "segment-wise": "#0d9488", "TIS": "#ea580c"}
 
@@ -81,7 +82,7 @@ def sweep(out: Path, jobs: int) -> int:
         flowrl("run", str(quickstart), f"run.dir={model.parent.parent}", "run.name=start", "train.steps=1", "eval=null")
     return flowrl(
         "sweep", str(HERE / "staleness_methods.yaml"), f"train.seed={','.join(map(str, SEEDS))}",
-        f"staleness.max={','.join(map(str, reversed(BOUNDS)))}", f"algorithm={','.join(METHODS.values())}",
+        f"staleness.max={','.join(map(str, SWEPT))}", f"algorithm={','.join(METHODS.values())}",
         f"model.path={model}", "--out", str(out), "--jobs", str(jobs),
     )  # fmt: skip
 
