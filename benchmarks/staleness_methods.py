@@ -61,11 +61,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the sweep's directory; the model goes beside it")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--retry", action="store_true", help="do failed runs anew")
     parser.add_argument("--report", action="store_true", help="only read what is there")
     parser.add_argument("--plot", type=Path, help="where the picture goes")
     parser.add_argument("--json", type=Path, help="where the figures of every run go")
     given = parser.parse_args()
-    code = 0 if given.report else sweep(given.out, given.jobs)
+    code = 0 if given.report else sweep(given.out, given.jobs, retry=given.retry)
     runs = read_runs(given.out)
     print(table(runs))
     if given.plot is not None and runs:
@@ -75,7 +76,7 @@ def main() -> int:
     return code
 
 
-def sweep(out: Path, jobs: int) -> int:
+def sweep(out: Path, jobs: int, *, retry: bool) -> int:
     model = out.parent / f"{out.name}-warm" / "start" / "warm_start"
     if not model.is_dir():
         quickstart = HERE.parent / "recipes" / "quickstart.yaml"
@@ -83,7 +84,7 @@ def sweep(out: Path, jobs: int) -> int:
     return flowrl(
         "sweep", str(HERE / "staleness_methods.yaml"), f"train.seed={','.join(map(str, SEEDS))}",
         f"staleness.max={','.join(map(str, SWEPT))}", f"algorithm={','.join(METHODS.values())}",
-        f"model.path={model}", "--out", str(out), "--jobs", str(jobs),
+        f"model.path={model}", "--out", str(out), "--jobs", str(jobs), *(["--retry"] if retry else []),
     )  # fmt: skip
 
 
