@@ -6,8 +6,8 @@ A Qwen3 of about 10 million random weights answers prompts of 16 to 64 tokens; t
 from a log-normal distribution (σ = 1.2, median 64, at most 1,024) and forced on every side, sampled at temperature 1.
 An engine holds `concurrency` requests at once and takes the next when one ends. `generate` has no such thing: it pads
 a batch of `concurrency` requests and runs as long as the longest of it; rows that have ended are computed on, and only
-tokens that were asked for count. Every side gets the same requests, two threads of torch, and a first pass that is not
-timed; sides take turns, and the median of `--rounds` counts.
+tokens that were asked for count. Every side gets the same requests, two threads of torch, and a first pass of short
+responses that is not timed; sides take turns, and the median of `--rounds` counts.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ LONGEST = 1024
 CONTEXT = 1152
 MEDIAN = 64
 SIGMA = 1.2
+WARM_TOKENS = 32
 SHAPE = {
     "vocab_size": 8192,
     "hidden_size": 256,
@@ -116,6 +118,11 @@ def make_requests(count: int) -> list[GenerateRequest]:
     ]
 
 
+def short(requests: list[GenerateRequest]) -> list[GenerateRequest]:
+    sampling = [replace(one.sampling, max_tokens=min(one.sampling.max_tokens, WARM_TOKENS)) for one in requests]
+    return [replace(one, sampling=params) for one, params in zip(requests, sampling, strict=True)]
+
+
 async def compare(
     sides: dict[str, Side], requests: list[GenerateRequest], concurrency: int, rounds: int
 ) -> dict[str, Any]:
@@ -124,7 +131,7 @@ async def compare(
     speeds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
         for name, side in sides.items():
-            asked = requests if turn else requests[: 2 * concurrency]
+            asked = requests if turn else short(requests[: 2 * concurrency])
             begun = time.perf_counter()
             await side(asked, concurrency)
             if turn:

@@ -32,6 +32,12 @@ COLUMNS = {
             "greedy response token",
             "the prompt's greedy answer, on the first row of a group, empty on the others; only with remax",
         ),
+        ColumnSpec(
+            "routed_experts",
+            "int16",
+            "layer and expert of a token",
+            "of all tokens but the last, prompt first; -1 unknown; only with rollout.routed_experts",
+        ),
         ColumnSpec("reward", "float32", "row", "score of the trajectory"),
         ColumnSpec(
             "baseline",

@@ -120,7 +120,7 @@ def _default_stages(recipe: Recipe) -> list[Stage]:
             run="flowrl.stages.rollout:main",
             kind=Kind.DRIVER,
             unit=Unit.GROUP,
-            writes=(*ROLLOUT_COLUMNS, *_episode_columns(recipe), *_greedy_columns(recipe)),
+            writes=(*ROLLOUT_COLUMNS, *_episode_columns(recipe), *_greedy_columns(recipe), *_expert_columns(recipe)),
             pool="rollout",
         ),
         Stage(
@@ -215,6 +215,10 @@ def _estimator_columns(recipe: Recipe) -> tuple[str, ...]:
     """What the advantage is made of beside reward and length."""
     found = (("baseline", recipe.algorithm.has_greedy_baseline), ("scores", bool(recipe.algorithm.score_weights)))
     return tuple(name for name, is_needed in found if is_needed) + _filter_columns(recipe)
+
+
+def _expert_columns(recipe: Recipe) -> tuple[str, ...]:
+    return ("routed_experts",) if recipe.rollout.routed_experts else ()
 
 
 def _train_columns(recipe: Recipe) -> tuple[str, ...]:

@@ -22,7 +22,8 @@ class RolloutConfig:
     hands on an engine's whole share of an update and takes new weights between two shares, which at staleness.max=1 is
     one-step-off training.
 
-    servers: SGLang servers that each engine launches; urls: those that run already, instead. stop_strings: end a
+    servers: SGLang servers that each engine launches; urls: those that run already, instead. routed_experts: they say
+    which experts of a mixture each token went through, in the column `routed_experts`. stop_strings: end a
     response, with the token that completes one. filter_tied: a group whose rewards are all equal teaches nothing, is
     dropped and replaced by another prompt's. oversampling: groups beyond those that updates have room for; what
     is left over of them at its deadline is dropped. redundancy: samples a group beyond group_size, of which the first
@@ -45,6 +46,7 @@ class RolloutConfig:
     python: str | None = None
     servers: int = 1
     urls: list[str] = field(default_factory=list)
+    routed_experts: bool = False
     stop_strings: list[str] = field(default_factory=list)
     filter_tied: bool = False
     oversampling: int = 0
@@ -82,9 +84,13 @@ def check_servers(rollout: RolloutConfig) -> None:
     check_at_least("rollout.servers", rollout.servers, 1)
     if rollout.urls and rollout.servers > 1:
         raise ValueError(f"rollout.servers: {rollout.servers}; rollout.urls names servers that run already")
-    for name, is_set in (("servers", rollout.servers > 1), ("urls", bool(rollout.urls))):
+    for name, is_set in (
+        ("servers", rollout.servers > 1),
+        ("urls", bool(rollout.urls)),
+        ("routed_experts", rollout.routed_experts),
+    ):
         if is_set and rollout.engine != "sglang":
-            raise ValueError(f"rollout.{name}: {getattr(rollout, name)}; rollout.engine={rollout.engine} has one")
+            raise ValueError(f"rollout.{name}: {getattr(rollout, name)}; only rollout.engine=sglang has that")
 
 
 def check_episode(rollout: RolloutConfig) -> None:

@@ -75,21 +75,26 @@ class GenerateRequest:
 @dataclass(frozen=True, kw_only=True)
 class Generation:
     """tokens: int32 (T,). logprobs: float32 (T,), at the sampling temperature and after the repetition penalty, before
-    top-p, top-k and min-p. versions: int32 (T,), the weights that sampled each token, as the engine says."""
+    top-p, top-k and min-p. versions: int32 (T,), the weights that sampled each token, as the engine says.
+    routed_experts: int32 (prompt + T - 1, layers, experts a token), which experts of a mixture each token went through,
+    prompt included, from an engine that was asked to say; the last token went through none."""
 
     tokens: np.ndarray
     logprobs: np.ndarray
     versions: np.ndarray
     finish_reason: FinishReason
+    routed_experts: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
     """`max_model_tokens`: prompt and response together. `pause_modes`: those that `pause` takes. `releases_memory`:
-    whether `release_memory` frees any."""
+    whether `release_memory` frees any. `routed_experts`: (layers, experts a token) of those that generations come with,
+    None if they come with none."""
 
     max_model_tokens: int
     releases_memory: bool = False
+    routed_experts: tuple[int, int] | None = None
     pause_modes: frozenset[PauseMode] = field(default_factory=lambda: frozenset(PauseMode))
 
 

@@ -24,6 +24,8 @@ def make_engine(recipe: Recipe, context: WorkerContext, longest_prompt: int) -> 
             log_path=context.run_dir / "logs" / f"{context.name}.sglang.log",
             servers=rollout.servers,
             urls=rollout.urls,
+            routed_experts=rollout.routed_experts,
+            log=context.log,
         )
     responses = rollout.group_size + rollout.redundancy + recipe.algorithm.has_greedy_baseline
     return _embedded(recipe, context, rollout.concurrency * responses, longest_prompt)

@@ -45,6 +45,7 @@ def columns_of(rows: Sequence[FinishedRow], *, has_greedy: bool = False) -> dict
             [FINISH_CODES[trajectory.finish_reason] for trajectory in trajectories], "uint8"
         ),
         **_episode_rewards(trajectories),
+        **_routed_experts(trajectories),
         **(_greedy(rows) if has_greedy else {}),
     }
 
@@ -53,6 +54,15 @@ def _episode_rewards(trajectories: Sequence[Trajectory]) -> dict[str, Column]:
     """A column only where episodes give rewards; then all do."""
     rewards = [trajectory.reward for trajectory in trajectories if trajectory.reward is not None]
     return {"episode_reward": Column.scalars(rewards, "float32")} if rewards else {}
+
+
+def _routed_experts(trajectories: Sequence[Trajectory]) -> dict[str, Column]:
+    """A column only where the engine says them; a row that was aborted before it began has none."""
+    experts = [trajectory.routed_experts for trajectory in trajectories]
+    if all(one is None for one in experts):
+        return {}
+    rows = [np.empty(0, np.int16) if one is None else one.reshape(-1) for one in experts]
+    return {"routed_experts": Column.ragged(rows, "int16")}
 
 
 def _greedy(rows: Sequence[FinishedRow]) -> dict[str, Column]:

@@ -7,6 +7,7 @@ same in every run: shards deal out numbers in order, and the engines of a node r
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from controllers.context import WorkerContext
@@ -21,7 +22,7 @@ RESERVE_WAIT_S = 30.0
 class Shares:
     """`reserve` one share after the other. Used from one asyncio loop."""
 
-    def __init__(self, context: WorkerContext, recipe: Recipe, row_bytes: int) -> None:
+    def __init__(self, context: WorkerContext, recipe: Recipe, row_bytes: Callable[[], int]) -> None:
         self._context = context
         self._groups = recipe.train.batch_groups // context.world_size
         self._group_size = recipe.rollout.group_size
@@ -58,7 +59,7 @@ class Shares:
                     self._context.name,
                     self._groups - len(share),
                     self._group_size,
-                    row_bytes=self._row_bytes,
+                    row_bytes=self._row_bytes(),
                     wait_s=RESERVE_WAIT_S,
                 )
         if self._is_strict:

@@ -26,10 +26,10 @@ def load_decode(path: Path) -> Decode:
     return lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=False))
 
 
-def ends_in_stop(tokens: Sequence[int], stops: Sequence[str], decode: Decode) -> bool:
-    """Whether the text has one of `stops` near its end. Asked after every token, it is true for the first that
-    completes one, and reads no more than the longest of them can span."""
-    window = _TOKENS_PER_CHARACTER * max(map(len, stops)) + 1
+def ends_in_stop(tokens: Sequence[int], stops: Sequence[str], decode: Decode, num_new: int = 1) -> bool:
+    """Whether the text has one of `stops` near its end. Asked after every `num_new` tokens, it is true as soon as one
+    is complete, and reads no more than the longest of them can span."""
+    window = _TOKENS_PER_CHARACTER * max(map(len, stops)) + num_new
     text = decode(tokens[-window:])
     return any(stop in text for stop in stops)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 from contextlib import suppress
 from typing import Any
 
@@ -96,7 +97,7 @@ class RolloutStage:
         self.events = context.event_log()
         self.turn = EngineTurn(context, self.events)
         # Reserved whole and put whole where the recipe says so; new weights are loaded in between.
-        self.shares = Shares(context, recipe, self.row_bytes) if hands_over_batches(recipe) else None
+        self.shares = Shares(context, recipe, lambda: self.row_bytes) if hands_over_batches(recipe) else None
         self.takes_weights = asyncio.Lock()
         self.running: dict[asyncio.Task[None], Reservation] = {}
         self.has_place = asyncio.Event()
@@ -323,7 +324,10 @@ class RolloutStage:
     def row_bytes(self) -> int:
         """The most that a row's columns take."""
         per_token = BYTES_PER_RESPONSE_TOKEN + 4 * (needs_segments(self.recipe) + self.has_greedy)
-        return per_token * self.recipe.rollout.max_tokens + 4 * self.prompts.longest + 32
+        says_experts = self.recipe.rollout.routed_experts  # of prompt and response alike
+        experts = 2 * math.prod(self.engine.capabilities.routed_experts or (0,)) if says_experts else 0
+        longest_prompt, longest = self.prompts.longest, self.recipe.rollout.max_tokens
+        return (per_token + experts) * longest + (4 + experts) * longest_prompt + 32
 
 
 def sample_seed(run_seed: int, key: RowKey) -> int:

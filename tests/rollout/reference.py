@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCABULARY = 128
@@ -38,6 +39,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "qwen2": Qwen2Config(**_SHAPE, **_HEADS, tie_word_embeddings=False),
     "qwen2_sliding": Qwen2Config(
         **_SHAPE, **_HEADS, use_sliding_window=True, sliding_window=6, max_window_layers=1, tie_word_embeddings=True
+    ),
+    "qwen3_moe": Qwen3MoeConfig(
+        **_SHAPE, **_HEADS, head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64
     ),
     "llama": LlamaConfig(**_SHAPE, **_HEADS),
     "gpt2": GPT2Config(

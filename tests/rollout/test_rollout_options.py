@@ -15,8 +15,9 @@ QUICKSTART = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["rollout.servers=2"], "rollout.servers: 2; rollout.engine=embedded has one"),
-        (["rollout.urls=[http://a]"], "rollout.urls: ['http://a']; rollout.engine=embedded"),
+        (["rollout.servers=2"], "rollout.servers: 2; only rollout.engine=sglang has that"),
+        (["rollout.urls=[http://a]"], "rollout.urls: ['http://a']; only rollout.engine=sglang"),
+        (["rollout.routed_experts=true"], "rollout.routed_experts: True; only rollout.engine=sglang"),
         (["rollout.engine=sglang", "rollout.servers=0"], "rollout.servers: 0; must be at least 1"),
         (["rollout.engine=sglang", "rollout.servers=2", "rollout.urls=[http://a]"], "rollout.urls names servers"),
         (["rollout.redundancy=-1"], "rollout.redundancy: -1; must be at least 0"),

@@ -116,6 +116,18 @@ def test_a_conversation_goes_on_where_its_beginning_is_cached() -> None:
     for server in range(3):
         router.leave(server)
     assert [router.choose((*turn, *range(50))) for turn in reversed(turns)] == [2, 1, 0]
+    router.forget()
+    assert router.choose((*turns[2], *range(90))) == 0
+
+
+def test_a_closed_server_gets_nothing_and_an_opened_one_is_the_least_loaded() -> None:
+    router = Router(2)
+    assert router.choose((1,)) == 0
+    router.close(0)
+    assert [router.choose((number,)) for number in (1, 2, 3)] == [1, 1, 1]
+    router.leave(0)
+    router.open(0)
+    assert router.choose((4,)) == 0 and router.choose((1,)) == 1
 
 
 def test_groups_whose_rewards_are_all_equal_are_tied() -> None:

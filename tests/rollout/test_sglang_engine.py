@@ -171,8 +171,8 @@ class TestSGLangEngine(EngineConformance):
 
     def test_another_engine_can_take_over_a_running_server(self, engine: Served, models: Models) -> None:
         async def take_over() -> None:
-            fleet = engine.engine._fleet
-            second = SGLangEngine(urls=[fleet.clients()[0].url])
+            [member] = engine.engine._fleet.serving()
+            second = SGLangEngine(urls=[member.client.url])
             version = next(engine.versions)
             await second.start(models.second, version)
             made = await second.generate(request("by url", (1, 2), 12))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 import signal
 import subprocess
@@ -21,12 +22,11 @@ from safetensors.numpy import save_file
 
 from flowrl.rollout.engine import EngineError, FinishReason, GenerateRequest, PauseMode, SamplingParams
 from flowrl.rollout.sglang import keeper
-from flowrl.rollout.sglang.answers import cut_at_stop, generate_body, generation
+from flowrl.rollout.sglang.answers import Parts, cut_at_stop, generate_body, generation
 from flowrl.rollout.sglang.arguments import ServerSettings, command_line, environment
-from flowrl.rollout.sglang.checkpoint import misfit, read_shapes
+from flowrl.rollout.sglang.checkpoint import experts_shape, misfit, read_shapes
 from flowrl.rollout.sglang.client import (
     Finish,
-    GenerateAnswer,
     GenerateBody,
     GenerateMeta,
     SGLangClient,
@@ -49,8 +49,8 @@ def request(request_id: str, *, tokens: tuple[int, ...] = (5, 6, 7), **sampling:
 
 def test_response_is_cut_at_its_first_stop_string_with_all_that_belongs_to_it() -> None:
     entries = [(-0.1 * i, i, None) for i in range(6)]
-    answer = GenerateAnswer(GenerateMeta(Finish("length"), entries, [VersionSpan("1", 0, 6)]))
-    cut = cut_at_stop(generation(answer, 1, set()), ("23",), lambda tokens: "".join(map(str, tokens)))
+    meta = GenerateMeta(Finish("length"), entries, [VersionSpan("1", 0, 6)])
+    cut = cut_at_stop(generation(meta, 1, set()), ("23",), lambda tokens: "".join(map(str, tokens)))
     assert cut.finish_reason is FinishReason.STOP and cut.tokens.tolist() == [0, 1, 2, 3]
     assert len(cut.logprobs) == len(cut.versions) == 4
 
@@ -60,6 +60,34 @@ def test_several_servers_share_no_log_and_no_port(tmp_path: Path) -> None:
     assert [one.log_path.name for one in engine._settings] == ["server.log", "server.1.log", "server.2.log"]
     with pytest.raises(ValueError, match="servers"):
         SGLangEngine(servers=2, port=30000)
+
+
+def test_parts_of_a_stream_add_up_whether_they_are_new_or_all_so_far() -> None:
+    new, all_so_far = Parts(), Parts()
+    for end, number in ((1, 1), (5, 4), (6, 1)):
+        entries = [(-0.5, token, None) for token in range(end)]
+        assert new.add(GenerateMeta(None, entries[end - number :], completion_tokens=end)) == number
+        assert all_so_far.add(GenerateMeta(None, entries, completion_tokens=end)) == number
+    assert new.tokens == all_so_far.tokens == list(range(6))
+    last = GenerateMeta(Finish("length"), [(-0.5, 6, None)], [VersionSpan("1", 0, 7)], completion_tokens=7)
+    assert new.add(last) == 1
+    assert generation(new.whole(last), 1, set()).tokens.tolist() == list(range(7))
+    with pytest.raises(ValueError, match="completion_tokens"):
+        new.add(GenerateMeta(None, [(-0.5, 9, None)], completion_tokens=9))
+
+
+def test_routed_experts_come_with_the_shape_of_the_model_and_are_cut_with_the_response() -> None:
+    routed = np.arange(2 * 8 * 3, dtype=np.int32)  # prompt of 3, response of 6, two layers, three experts a token
+    entries = [(-0.1, i, None) for i in range(6)]
+    encoded = base64.b64encode(routed.tobytes()).decode()
+    meta = GenerateMeta(Finish("length"), entries, [VersionSpan("1", 0, 6)], routed_experts=encoded)
+    made = generation(meta, 1, set(), (2, 3))
+    assert made.routed_experts is not None and made.routed_experts.shape == (8, 2, 3)
+    cut = cut_at_stop(made, ("23",), lambda tokens: "".join(map(str, tokens)))
+    assert np.array_equal(cut.routed_experts, made.routed_experts[:6])
+    assert experts_shape({"num_hidden_layers": 2, "num_experts_per_tok": 3}) == (2, 3)
+    with pytest.raises(ValueError, match="experts"):
+        experts_shape({"num_hidden_layers": 2})
 
 
 # versions
@@ -103,7 +131,7 @@ def test_a_token_without_version_is_refused(spans: list[VersionSpan]) -> None:
 def test_a_token_without_logprob_is_refused() -> None:
     meta = GenerateMeta(Finish("stop"), [(-1.0, 4, None), (None, 5, None)], [VersionSpan("1", 0, 2)])
     with pytest.raises(ValueError, match="output_token_logprobs"):
-        generation(GenerateAnswer(meta), 1, set())
+        generation(meta, 1, set())
 
 
 # command line
@@ -376,7 +404,7 @@ def test_a_directory_that_is_no_model_is_refused_before_anything_starts(tmp_path
 
 def test_finish_reasons_are_those_of_the_protocol() -> None:
     for reason in FinishReason:
-        answer = GenerateAnswer(GenerateMeta(Finish(reason.value), [(-0.5, 3, None)], [VersionSpan("1", 0, 1)]))
-        made = generation(answer, 1, set())
+        meta = GenerateMeta(Finish(reason.value), [(-0.5, 3, None)], [VersionSpan("1", 0, 1)])
+        made = generation(meta, 1, set())
         assert made.finish_reason is reason and made.tokens.tolist() == [3]
         assert (made.tokens.dtype, made.logprobs.dtype, made.versions.dtype) == (np.int32, np.float32, np.int32)

@@ -26,6 +26,7 @@ from flowrl.rollout.engine import (
     Generation,
     PauseMode,
 )
+from flowrl.rollout.experts import joined_experts
 
 
 class ResumingEngine:
@@ -143,9 +144,11 @@ class _Running:
             finish_reason=FinishReason.ABORT,
         )
         parts = self.parts or [empty]
+        num_tokens = len(self.request.tokens) + sum(len(part.tokens) for part in parts)
         return Generation(
             tokens=np.concatenate([part.tokens for part in parts]),
             logprobs=np.concatenate([part.logprobs for part in parts]),
             versions=np.concatenate([part.versions for part in parts]),
             finish_reason=parts[-1].finish_reason,
+            routed_experts=joined_experts(parts, num_tokens),
         )

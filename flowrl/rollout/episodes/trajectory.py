@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flowrl.rollout.engine import FinishReason, Generation
+from flowrl.rollout.experts import joined_experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +17,8 @@ class Trajectory:
     """tokens: int32 (T,), all that followed the prompt. mask: uint8 (T,), 1 where the model wrote it. logprobs: float32
     (T,) and versions: int32 (T,), the engine's; of tokens that the model did not write, 0 and the version of the token
     before. finish_reason: STOP, LENGTH when room or turns ran out, ABORT. reward: the episode's own. prompt: what the
-    engine saw, where that is not the data set's."""
+    engine saw, where that is not the data set's. routed_experts: int32 (prompt + T - 1, layers, experts), where the
+    engine says them."""
 
     tokens: np.ndarray
     mask: np.ndarray
@@ -26,6 +28,7 @@ class Trajectory:
     reward: float | None = None
     prompt: tuple[int, ...] | None = None
     num_turns: int = 1
+    routed_experts: np.ndarray | None = None
 
     def spans(self) -> list[tuple[int, int]]:
         """What the model wrote, in runs of one version: [(version, tokens), …]."""
@@ -109,4 +112,5 @@ class Transcript:
             reward=reward,
             prompt=self.prompt,
             num_turns=self.num_turns,
+            routed_experts=joined_experts(parts, len(self.prompt) + sum(lengths)),
         )

@@ -15,19 +15,20 @@ _SLACK_SHARE = 0.25
 
 
 class Router:
-    """Servers are numbers from 0. Ties go to the lowest."""
+    """Servers are numbers from 0, all of them open at first. Ties go to the lowest."""
 
     def __init__(self, num_servers: int) -> None:
         self.num_running = [0] * num_servers
+        self._open = set(range(num_servers))
         self._known: OrderedDict[int, int] = OrderedDict()
 
     def choose(self, prompt: Prompt) -> int:
-        """The server for a request, which counts as running there until `leave`."""
-        least = min(range(len(self.num_running)), key=self.num_running.__getitem__)
+        """The server for a request, which counts as running there until `leave`. One must be open."""
+        least = min(sorted(self._open), key=self.num_running.__getitem__)
         keys = list(prefix_keys(prompt))
         server = next((self._known[key] for key in reversed(keys) if key in self._known), least)
         limit = self.num_running[least] * (1 + _SLACK_SHARE) + _SLACK_REQUESTS
-        if self.num_running[server] > limit:
+        if server not in self._open or self.num_running[server] > limit:
             server = least
         for key in keys:
             self._known[key] = server
@@ -39,6 +40,19 @@ class Router:
 
     def leave(self, server: int) -> None:
         self.num_running[server] -= 1
+
+    def close(self, server: int) -> None:
+        """It takes no request until `open`."""
+        self._open.discard(server)
+
+    def open(self, server: int) -> None:
+        """It starts with nothing cached."""
+        self._open.add(server)
+        self._known = OrderedDict((key, known) for key, known in self._known.items() if known != server)
+
+    def forget(self) -> None:
+        """Nothing that was cached is of use any more."""
+        self._known.clear()
 
 
 def prefix_keys(prompt: Prompt) -> Iterator[int]:

@@ -54,7 +54,7 @@ class ServerSettings:
 
 def command_line(settings: ServerSettings, model: Path, version: int, port: int) -> list[str]:
     """No tokenizer: the engine deals in ids, and a server without one has less to do."""
-    chosen: dict[str, Any] = {"log_level_http": "warning"}
+    chosen: dict[str, Any] = {"log_level_http": "warning", "incremental_streaming_output": True}
     if settings.device == "cpu":
         chosen |= _CPU_ARGUMENTS
     chosen |= settings.server_args

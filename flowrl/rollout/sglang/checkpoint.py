@@ -40,6 +40,14 @@ def vocab_size(config: Mapping[str, Any]) -> int:
     return int(config.get("text_config", config)["vocab_size"])
 
 
+def experts_shape(config: Mapping[str, Any]) -> tuple[int, int]:
+    """(layers, experts a token) of a mixture of experts. ValueError for any other model."""
+    text = config.get("text_config", config)
+    if "num_experts_per_tok" not in text:
+        raise ValueError("routed_experts: True; the model's config has no num_experts_per_tok")
+    return int(text["num_hidden_layers"]), int(text["num_experts_per_tok"])
+
+
 def read_shapes(path: Path) -> Shapes:
     """Names and shapes of all tensors in a directory's safetensors files. ValueError if there is none or one is cut."""
     files = sorted(path.glob("*.safetensors"))

@@ -6,7 +6,8 @@ each. Field names are SGLang's; tests run against the release named in tests/sgl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,16 +32,21 @@ class SamplingBody(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...]
     ignore_eos: bool
     sampling_seed: int | None
+    stream_interval: int | None = None
 
 
-class GenerateBody(msgspec.Struct, frozen=True, kw_only=True):
-    """extra_key: requests share cached prefixes only with those of the same key."""
+class GenerateBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """extra_key: requests share cached prefixes only with those of the same key. logprob_start_len -1: none of the
+    prompt's."""
 
     rid: str
     input_ids: tuple[int, ...]
     sampling_params: SamplingBody
     extra_key: str
-    return_logprob: bool = True
+    return_logprob: bool
+    logprob_start_len: int = -1
+    stream: bool = False
+    return_routed_experts: bool = False
 
 
 class VersionSpan(msgspec.Struct, frozen=True):
@@ -55,16 +61,34 @@ class Finish(msgspec.Struct, frozen=True):
     type: str
 
 
-class GenerateMeta(msgspec.Struct, frozen=True):
-    """output_token_logprobs: (log-prob, token, text) of every token; the server writes NaN as null."""
+Entry = tuple[float | None, int, str | None]
 
-    finish_reason: Finish
-    output_token_logprobs: list[tuple[float | None, int, str | None]] = []
+
+class GenerateMeta(msgspec.Struct, frozen=True):
+    """finish_reason: None of a part that others follow. output_token_logprobs: (log-prob, token, text) of every token
+    of the part; the server writes NaN as null. completion_tokens: all up to the part's end. weight_versions: there at
+    the end alone. routed_experts: base64 of int32 (tokens, layers, experts)."""
+
+    finish_reason: Finish | None
+    output_token_logprobs: list[Entry] = []
     weight_versions: list[VersionSpan] = []
+    completion_tokens: int = 0
+    routed_experts: str | None = None
 
 
 class GenerateAnswer(msgspec.Struct, frozen=True):
     meta_info: GenerateMeta
+
+
+class _Refusal(msgspec.Struct, frozen=True):
+    message: str
+
+
+class _Event(msgspec.Struct, frozen=True):
+    """One of a stream: a part, or why there is none."""
+
+    meta_info: GenerateMeta | None = None
+    error: _Refusal | None = None
 
 
 class UpdateAnswer(msgspec.Struct, frozen=True):
@@ -84,6 +108,7 @@ class ServerInfo(msgspec.Struct, frozen=True):
     device: str
     disable_overlap_schedule: bool
     enable_deterministic_inference: bool
+    enable_return_routed_experts: bool
     enable_memory_saver: bool
     enable_weights_cpu_backup: bool
 
@@ -91,9 +116,14 @@ class ServerInfo(msgspec.Struct, frozen=True):
 Answer = TypeVar("Answer")
 
 _GENERATE = msgspec.json.Decoder(GenerateAnswer)
+_EVENT = msgspec.json.Decoder(_Event)
 _UPDATE = msgspec.json.Decoder(UpdateAnswer)
 _MODEL_INFO = msgspec.json.Decoder(ModelInfo)
 _SERVER_INFO = msgspec.json.Decoder(ServerInfo)
+
+
+class ServerGone(EngineError):
+    """A call broke off. The server ended, cannot be reached, or was cut off by who holds the client."""
 
 
 class SGLangClient:
@@ -117,6 +147,23 @@ class SGLangClient:
         if status == 400:
             raise ValueError(f"{self.name} refuses request {body.rid!r}: {_excerpt(content)}")
         return self._decode("/generate", status, content, _GENERATE)
+
+    async def stream(self, body: GenerateBody) -> AsyncIterator[GenerateMeta]:
+        """As `generate`, in parts as they come. With `incremental_streaming_output` a part has only what is new;
+        without it, all so far."""
+        assert body.stream, "the body must ask for a stream"
+        async with self._request("POST", "/generate", body, timeout_s=None) as response:
+            if response.status != 200:
+                content = await response.read()
+                raise ValueError(f"{self.name} refuses request {body.rid!r}: {_excerpt(content)}")
+            async for line in _lines(response.content):
+                data = line.removeprefix(b"data: ")
+                if data in (b"", b"[DONE]"):
+                    continue
+                event = self._decode("/generate", 200, data, _EVENT)
+                if event.meta_info is None:
+                    raise ValueError(f"{self.name} refuses request {body.rid!r}: {event.error}")
+                yield event.meta_info
 
     async def abort(self, rid: str) -> None:
         """Ends every request whose id *starts* with `rid`; one that the server has not read yet goes on."""
@@ -177,16 +224,26 @@ class SGLangClient:
             raise EngineError(f"{self.name} answered {route} with {status}: {_excerpt(content)}")
 
     async def _call(self, method: str, route: str, body: Any, timeout_s: float | None) -> tuple[int, bytes]:
+        async with self._request(method, route, body, timeout_s) as response:
+            return response.status, await response.read()
+
+    @asynccontextmanager
+    async def _request(
+        self, method: str, route: str, body: Any, timeout_s: float | None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=_CONNECT_TIMEOUT_S)
         data = None if body is None else msgspec.json.encode(body)
         try:
             async with self._session.request(method, self.url + route, data=data, timeout=timeout) as response:
-                return response.status, await response.read()
+                yield response
         except TimeoutError as error:
             raise EngineError(f"{self.name} did not answer {route} within {timeout_s} s") from error
-        except (aiohttp.ClientError, RuntimeError) as error:
-            # A session closed underway raises RuntimeError.
-            raise EngineError(f"{self.name} broke off at {route}: {error or type(error).__name__}") from error
+        except aiohttp.ClientError as error:
+            raise ServerGone(f"{self.name} broke off at {route}: {error or type(error).__name__}") from error
+        except RuntimeError as error:
+            if not self._session.closed:
+                raise
+            raise ServerGone(f"{self.name} broke off at {route}: {error}") from error
 
     def _decode(self, route: str, status: int, content: bytes, decoder: msgspec.json.Decoder[Answer]) -> Answer:
         if status != 200:
@@ -199,3 +256,12 @@ class SGLangClient:
 
 def _excerpt(content: bytes) -> str:
     return content[:500].decode(errors="replace")
+
+
+async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """Of any length, without their ends; the reader's own are bounded."""
+    rest = b""
+    async for piece in content.iter_any():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line

@@ -1,35 +1,32 @@
 """SGLangEngine: the `Engine` protocol over SGLang servers, launched here or already running. See docs/sglang.md.
 
-It owns the order of the calls: what happens to requests while weights change, and which version a token is given. The
-servers are `fleet.py`'s, the HTTP `client.py`'s, the gate `flights.py`'s.
+It owns the order of the calls: what happens to requests and servers while weights change. Requests are `dispatch.py`'s,
+the servers `fleet.py`'s, the HTTP `client.py`'s.
 
-    closed -> ready -> paused -> ready     ready, paused -> failed     any -> closed
+    closed -> ready -> paused -> ready     paused -> released -> paused     any but closed -> failed     any -> closed
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flowrl.rollout.engine import Capabilities, EngineError, GenerateRequest, Generation, PauseMode, check_lendable
-from flowrl.rollout.scheduling.routing import Router
-from flowrl.rollout.sglang.answers import cut_at_stop, generate_body, generation, nothing_generated
 from flowrl.rollout.sglang.arguments import ServerSettings
-from flowrl.rollout.sglang.checkpoint import Shapes, misfit, read_config, read_shapes, vocab_size
-from flowrl.rollout.sglang.client import ServerInfo
-from flowrl.rollout.sglang.fleet import Fleet
-from flowrl.rollout.sglang.flights import Admission, Flight, Flights, all_ended
-from flowrl.rollout.stop_strings import Decode, load_decode
+from flowrl.rollout.sglang.checkpoint import Shapes, experts_shape, misfit, read_config, read_shapes, vocab_size
+from flowrl.rollout.sglang.client import ServerInfo, SGLangClient
+from flowrl.rollout.sglang.dispatch import Dispatch, Limits
+from flowrl.rollout.sglang.fleet import Fleet, Weights
+from flowrl.rollout.sglang.member import Member
+from flowrl.weights.store import reading
 
-_ABORT_AGAIN_S = 0.25
-_DROP_AFTER_S = 10.0
-_HEALTH_TIMEOUT_S = 30.0
+_NOWHERE = Weights(Path(), -1)
+_RETURN_EXPERTS = "enable_return_routed_experts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,26 +36,25 @@ class SGLangCapabilities(Capabilities):
 
     takes_seeds: bool
     steps_ahead: bool
-    vocab_size: int
     parked: tuple[str, ...]
 
 
 class SGLangEngine:
     """With `urls` the engine uses servers that run already (they hold the weights of this engine alone and see its file
     system); otherwise `start` launches `servers` of them. Each request goes to the least loaded, or to the one that has
-    its prompt. The other arguments are those of `ServerSettings`."""
+    its prompt. Of several, one that is lost is started again while the others go on; `log` is told. Every
+    `health_every_s` each has to generate within `health_timeout_s`. routed_experts: generations say which experts of a
+    mixture each token went through. The other arguments are those of `ServerSettings`."""
 
     _fleet: Fleet | None
-    _flights: Flights
+    _dispatch: Dispatch
     _paused: PauseMode | None
     _is_released: bool
     _capabilities: SGLangCapabilities | None
-    _replaced_ahead: set[int]
+    _weights: Weights
     _held: Shapes
     _is_tied: bool
-    _router: Router
-    _path: Path
-    _decode: Decode | None
+    _health: asyncio.Task[None] | None
 
     def __init__(
         self,
@@ -72,8 +68,12 @@ class SGLangEngine:
         log_path: Path = Path("sglang.log"),
         startup_timeout_s: float = 600.0,
         load_timeout_s: float = 600.0,
+        health_every_s: float = 30.0,
+        health_timeout_s: float = 30.0,
         urls: Sequence[str] = (),
         servers: int = 1,
+        routed_experts: bool = False,
+        log: Callable[[str], None] = lambda line: None,
     ) -> None:
         if servers < 1 or (servers > 1 and port):
             raise ValueError(f"servers: {servers}; at least 1, and of several each chooses its own port (port={port})")
@@ -84,7 +84,7 @@ class SGLangEngine:
                 device=device,
                 host=host,
                 port=port,
-                server_args=server_args or {},
+                server_args={**(server_args or {}), **({_RETURN_EXPERTS: True} if routed_experts else {})},
                 env=env or {},
                 log_path=log,
                 startup_timeout_s=startup_timeout_s,
@@ -92,14 +92,16 @@ class SGLangEngine:
             for log in logs
         ]
         self._load_timeout_s = load_timeout_s
+        self._health_every_s, self._health_timeout_s = health_every_s, health_timeout_s
         self._urls = tuple(urls)
+        self._returns_experts = routed_experts
         self._control = asyncio.Lock()
-        self._num_loads = 0
+        self.log = log
         self._reset()
 
     @property
     def version(self) -> int:
-        return self._version
+        return self._weights.version
 
     @property
     def capabilities(self) -> SGLangCapabilities:
@@ -113,31 +115,30 @@ class SGLangEngine:
             raise ValueError(f"version: {version}; the engine has been started already: restart or close it")
         config = read_config(path)
         self._held = read_shapes(path)
-        self._path, self._decode = path, None
         self._is_tied = bool(config.get("tie_word_embeddings", False))
-        self._fleet = fleet = Fleet(on_failure=self._flights.fail)
+        self._fleet = fleet = Fleet(self)
+        self._dispatch = Dispatch(fleet, len(self._urls) or len(self._settings))
+        weights = Weights(path, version)
         try:
             if self._urls:
-                fleet.connect(self._urls)
+                await fleet.connect(self._urls, weights)
                 await self._pause(PauseMode.RECOMPUTE)
-                await self._load(path, version)
+                await self._load(weights)
                 await self._resume()
             else:
-                await fleet.launch(self._settings, path, version)
-            self._router = Router(len(fleet.clients()))
-            infos = await fleet.infos()
+                await fleet.launch(self._settings, weights)
+            capabilities = _capabilities(await fleet.infos(), experts_shape(config) if self._returns_experts else None)
         except BaseException:
             await self.close()
             raise
-        self._capabilities = SGLangCapabilities(
-            max_model_tokens=min(info.max_req_input_len for info in infos),
-            takes_seeds=all(info.enable_deterministic_inference for info in infos),
-            steps_ahead=not all(info.disable_overlap_schedule for info in infos),
+        self._capabilities = capabilities
+        self._dispatch.limits = Limits(
+            max_model_tokens=capabilities.max_model_tokens,
             vocab_size=vocab_size(config),
-            parked=_parked(infos),
-            releases_memory=all(info.enable_memory_saver and info.device != "cpu" for info in infos),
+            routed_experts=capabilities.routed_experts,
         )
-        self._set_version(version)
+        self._loaded(weights)
+        self._health = asyncio.create_task(self._look_after())
 
     async def restart(self, path: Path, version: int) -> None:
         """Ends what runs and starts anew, after a failure for instance. Requests underway raise EngineError."""
@@ -146,30 +147,23 @@ class SGLangEngine:
 
     async def close(self) -> None:
         """Requests underway raise EngineError. Servers that were launched here are gone when it returns."""
-        fleet = self._fleet
-        if fleet is not None:
-            await fleet.close()
+        if self._health is not None:
+            self._health.cancel()
+        if self._fleet is not None:
+            await self._fleet.close()
         self._reset()
 
     async def generate(self, request: GenerateRequest) -> Generation:
         self._usable()
-        self._check_request(request)
-        flights = self._flights
-        flight = flights.enter(request.request_id)
-        try:
-            if await flight.admission is Admission.ABORTED:
-                return nothing_generated()
-            return await self._send(request, flight)
-        finally:
-            flights.leave(flight)
+        return await self._dispatch.generate(request)
 
     async def abort(self, request_id: str | None = None) -> None:
         """Returns when they have ended; those that a pause holds may do so only when it is over."""
         self._usable()
-        sent = self._flights.abort(request_id)
-        await self._ask_to_end(sent)
+        sent = self._dispatch.flights.abort(request_id)
+        await self._dispatch.end(sent)
         if self._paused is None:
-            await self._drain(sent)
+            await self._dispatch.drain(sent)
 
     async def pause(self, mode: PauseMode) -> None:
         async with self._control:
@@ -185,7 +179,7 @@ class SGLangEngine:
 
     async def load_weights(self, path: Path, version: int, mode: PauseMode = PauseMode.KEEP) -> None:
         """An engine that is paused stays so, and the mode is that of its pause. Weights of another model are refused
-        before anything changes; after any other error the engine must be restarted: mixed weights never serve."""
+        before anything changes. A server that fails to load them serves no more: mixed weights never serve."""
         async with self._control:
             self._usable()
             self._check_memory("load_weights")
@@ -193,8 +187,8 @@ class SGLangEngine:
             was_paused = self._paused is not None
             if not was_paused:
                 await self._pause(mode)
-            await self._load(path, version)
-            self._set_version(version)
+            await self._load(Weights(path, version))
+            self._loaded(Weights(path, version))
             if not was_paused:
                 await self._resume()
 
@@ -205,8 +199,7 @@ class SGLangEngine:
             fleet = self._usable()
             check_lendable(self._paused)
             if not self._is_released:
-                tags = self.capabilities.parked
-                await fleet.order(lambda client: client.release_memory(tags))
+                await fleet.order(self._release)
                 self._is_released = True
 
     async def resume_memory(self) -> None:
@@ -219,40 +212,66 @@ class SGLangEngine:
 
     async def check_health(self) -> None:
         """EngineError if a server does not generate; one that is paused has only to answer."""
-        for client in self._usable().clients():
-            if self._paused is None and await client.generates(_HEALTH_TIMEOUT_S):
-                continue
-            if self._paused is None:
-                raise EngineError(f"{client.name} answers and generates nothing")
-            await client.model_info()
+        for member in self._usable().serving():
+            if self._paused is not None:
+                await member.client.model_info()
+            elif not await member.client.generates(self._health_timeout_s):
+                raise EngineError(f"{member.name} answers and generates nothing")
+
+    # What the fleet asks: see `fleet.Owner`.
+
+    def failed(self, error: EngineError) -> None:
+        self._dispatch.flights.fail(error)
+
+    def lost(self, member: Member) -> None:
+        self._dispatch.close_server(member.number)
+
+    def newest(self) -> Weights:
+        return self._weights
+
+    async def welcome(self, member: Member, weights: Weights) -> None:
+        async with self._control:
+            fleet, client = self._usable(), member.client
+            if weights != self._weights or not member.is_ours:
+                with reading(self._weights.path):
+                    await client.pause("retract")
+                    await self._load_into(client, self._weights, flush=True)
+                if self._paused is None:
+                    await client.resume()
+            if self._paused is not None:
+                await client.pause(_wire(self._paused))
+            if self._is_released:
+                await self._release(client)
+            self._dispatch.open_server(member.number)
+            fleet.serve(member)
+
+    async def _look_after(self) -> None:
+        """A server that runs and generates nothing is lost like one that has ended."""
+        while True:
+            await asyncio.sleep(self._health_every_s)
+            with suppress(EngineError):  # everybody is told of a failure
+                await self._lose_silent(self._usable())
+
+    async def _lose_silent(self, fleet: Fleet) -> None:
+        for member in await self._silent(fleet):
+            await fleet.lose(member, f"{member.name} answers and generates nothing, or does not answer")
+
+    async def _silent(self, fleet: Fleet) -> list[Member]:
+        """Those that generated nothing in two looks, while nobody had told them anything else."""
+        suspects = fleet.serving()
+        for _ in range(2):
+            if self._paused is not None or self._control.locked():
+                return []
+            num_orders = fleet.num_orders
+            generates = await asyncio.gather(*(member.generates(self._health_timeout_s) for member in suspects))
+            if fleet.num_orders != num_orders or self._control.locked():
+                return []
+            suspects = [member for member, one in zip(suspects, generates, strict=True) if not one]
+        return suspects
 
     def _check_memory(self, call: str) -> None:
         if self._is_released:
             raise ValueError(f"{call}: the engine's memory is released; it needs resume_memory first")
-
-    def _check_request(self, request: GenerateRequest) -> None:
-        """What a server does not refuse: a token beyond the vocabulary ends it, and a response too long is cut."""
-        longest, num_ids = self.capabilities.max_model_tokens, self.capabilities.vocab_size
-        wanted = len(request.tokens) + request.sampling.max_tokens
-        if not request.tokens:
-            raise ValueError(f"tokens: none in request {request.request_id!r}; a prompt has at least one")
-        if min(request.tokens) < 0 or max(request.tokens) >= num_ids:
-            raise ValueError(f"tokens: {request.tokens}; each must be in [0, {num_ids}), the model's vocabulary")
-        if request.sampling.repetition_penalty != 1:
-            raise ValueError(
-                f"repetition_penalty: {request.sampling.repetition_penalty}; must be 1 with SGLang, whose log-probs "
-                "are then not those of the distribution it samples from"
-            )
-        if request.sampling.stop_strings:
-            self._read()
-        if wanted > longest:
-            raise ValueError(f"max_tokens: {wanted} with the prompt; the engine holds {longest} tokens a request")
-
-    def _read(self) -> Decode:
-        """ValueError if the model came without a tokenizer."""
-        if self._decode is None:
-            self._decode = load_decode(self._path)
-        return self._decode
 
     def _check_weights(self, path: Path) -> None:
         try:
@@ -262,72 +281,20 @@ class SGLangEngine:
         if problem:
             raise EngineError(f"weights: {path} is not the model that was started, nothing was replaced: {problem}")
 
-    async def _send(self, request: GenerateRequest, flight: Flight) -> Generation:
-        fleet = self._usable()
-        server = self._router.choose(request.tokens)
-        client = fleet.clients()[server]
-        sent_under = self._version
-        body = generate_body(request, flight.rid, self._extra_key)
-        flight.call = asyncio.create_task(client.generate(body))
-        try:
-            answer = await flight.call
-        except EngineError:
-            fleet.check()  # why its calls broke off, if that is known
-            raise
-        except asyncio.CancelledError:
-            if flight.is_dropped:
-                return nothing_generated()
-            # Nobody waits for it any more; a server that is gone has nothing left to abort.
-            with suppress(EngineError):
-                await client.abort(flight.rid)
-            raise
-        finally:
-            self._router.leave(server)
-        try:
-            made = generation(answer, sent_under, self._replaced_ahead)
-        except ValueError as error:
-            raise EngineError(f"{client.name} answered request {request.request_id!r} with {error}") from error
-        stops = request.sampling.stop_strings
-        return cut_at_stop(made, stops, self._read()) if stops else made
-
-    async def _drain(self, flights: list[Flight]) -> None:
-        """Waits until running servers have ended what they were asked to end. A server loses the question for a request
-        on its way to its scheduler, and hears none but `abort_all` a second time; so answers that do not come are
-        waited for no longer, which the server notices and ends the request by itself."""
-        deadline = time.monotonic() + _DROP_AFTER_S
-        while not await all_ended(flights, _ABORT_AGAIN_S):
-            flights = [flight for flight in flights if not flight.ended.is_set()]
-            if time.monotonic() > deadline:
-                for flight in flights:
-                    flight.drop()
-            await self._ask_to_end(flights)
-
-    async def _ask_to_end(self, flights: list[Flight]) -> None:
-        fleet = self._usable()
-        if not flights:
-            return
-        if self._flights.are_all_aborted():
-            return await fleet.ask(lambda client: client.abort_all())
-
-        async def end(flight: Flight) -> None:
-            await fleet.ask(lambda client: client.abort(flight.rid))
-
-        await asyncio.gather(*(end(flight) for flight in flights))
-
     async def _pause(self, mode: PauseMode) -> None:
         """ABORT ends the requests while the servers still run, for a paused one ends nothing; what it pauses then is
         idle, and `retract` lets its cache be flushed whatever a health check may be doing."""
         fleet = self._usable()
-        self._flights.close_gate()
+        self._dispatch.flights.close_gate()
         if mode is self._paused:
             return
         if mode is PauseMode.ABORT:
             if self._paused is not None:
                 await fleet.order(lambda client: client.resume())
-            sent = self._flights.abort(None)
-            await self._ask_to_end(sent)
-            await self._drain(sent)
-        await fleet.order(lambda client: client.pause("in_place" if mode is PauseMode.KEEP else "retract"))
+            sent = self._dispatch.flights.abort(None)
+            await self._dispatch.end(sent)
+            await self._dispatch.drain(sent)
+        await fleet.order(lambda client: client.pause(_wire(mode)))
         self._paused = mode
 
     async def _resume(self) -> None:
@@ -335,27 +302,26 @@ class SGLangEngine:
             return
         await self._usable().order(lambda client: client.resume())
         self._paused = None
-        self._flights.open_gate()
-        late = self._flights.aborted()
-        await self._ask_to_end(late)
-        await self._drain(late)
+        self._dispatch.flights.open_gate()
+        late = self._dispatch.flights.aborted()
+        await self._dispatch.end(late)
+        await self._dispatch.drain(late)
 
-    async def _load(self, path: Path, version: int) -> None:
+    async def _load(self, weights: Weights) -> None:
         """A cache that running requests still use cannot be flushed."""
-        flush, timeout_s = self._paused is not PauseMode.KEEP, self._load_timeout_s
-        await self._usable().order(
-            lambda client: client.update_weights(path, version, flush_cache=flush, timeout_s=timeout_s)
-        )
+        flush = self._paused is not PauseMode.KEEP
+        await self._usable().order(lambda client: self._load_into(client, weights, flush=flush))
 
-    def _set_version(self, version: int) -> None:
-        """After a rollback a version comes again, with other weights: the key for cached prefixes tells them apart."""
-        self._version = version
-        self._num_loads += 1
-        self._extra_key = f"{version}.{self._num_loads}"
-        if self._paused is PauseMode.KEEP and self.capabilities.steps_ahead:
-            self._replaced_ahead.add(version)
-        else:
-            self._replaced_ahead.discard(version)
+    async def _load_into(self, client: SGLangClient, weights: Weights, *, flush: bool) -> None:
+        await client.update_weights(*weights, flush_cache=flush, timeout_s=self._load_timeout_s)
+
+    async def _release(self, client: SGLangClient) -> None:
+        await client.release_memory(self.capabilities.parked)
+
+    def _loaded(self, weights: Weights) -> None:
+        self._weights = weights
+        was_ahead = self._paused is PauseMode.KEEP and self.capabilities.steps_ahead
+        self._dispatch.loaded(*weights, was_ahead)
 
     def _usable(self) -> Fleet:
         if self._fleet is None:
@@ -365,18 +331,30 @@ class SGLangEngine:
 
     def _reset(self) -> None:
         self._fleet = None
-        self._flights = Flights()
         self._paused = None
         self._is_released = False
-        self._version = -1
-        self._extra_key = ""
-        self._replaced_ahead = set()
+        self._weights = _NOWHERE
         self._capabilities = None
         self._held = {}
         self._is_tied = False
+        self._health = None
 
 
-def _parked(infos: Sequence[ServerInfo]) -> tuple[str, ...]:
-    """What servers can give back and have again as it was."""
+def _wire(mode: PauseMode) -> str:
+    """The server's word for it."""
+    return "in_place" if mode is PauseMode.KEEP else "retract"
+
+
+def _capabilities(infos: Sequence[ServerInfo], experts: tuple[int, int] | None) -> SGLangCapabilities:
+    """What all of the servers can do. ValueError if they do not return experts that are wanted."""
+    if experts is not None and not all(info.enable_return_routed_experts for info in infos):
+        raise ValueError(f"routed_experts: the servers were started without {_RETURN_EXPERTS}")
     has_backup = all(info.enable_weights_cpu_backup for info in infos)
-    return ("kv_cache", "weights") if has_backup else ("kv_cache",)
+    return SGLangCapabilities(
+        max_model_tokens=min(info.max_req_input_len for info in infos),
+        takes_seeds=all(info.enable_deterministic_inference for info in infos),
+        steps_ahead=not all(info.disable_overlap_schedule for info in infos),
+        parked=("kv_cache", "weights") if has_backup else ("kv_cache",),
+        releases_memory=all(info.enable_memory_saver and info.device != "cpu" for info in infos),
+        routed_experts=experts,
+    )

@@ -10,7 +10,7 @@ import enum
 import secrets
 from dataclasses import dataclass, field
 
-from flowrl.rollout.sglang.client import GenerateAnswer
+from flowrl.rollout.sglang.client import GenerateMeta
 
 
 class Admission(enum.Enum):
@@ -30,7 +30,7 @@ class Flight:
     admission: asyncio.Future[Admission]
     is_aborted: bool = False
     is_dropped: bool = False
-    call: asyncio.Task[GenerateAnswer] | None = None
+    call: asyncio.Task[GenerateMeta] | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     def drop(self) -> None:
@@ -56,6 +56,14 @@ class Flights:
             flight.admission.set_result(Admission.SENT)
         self._flights[request_id] = flight
         return flight
+
+    def reenter(self, flight: Flight) -> None:
+        """Its server is gone: it comes to the gate anew, under a name that no server has heard."""
+        flight.rid, flight.call, flight.admission = _rid(flight.request_id), None, asyncio.Future()
+        if flight.is_aborted:
+            flight.admission.set_result(Admission.ABORTED)
+        elif self._is_open:
+            flight.admission.set_result(Admission.SENT)
 
     def leave(self, flight: Flight) -> None:
         del self._flights[flight.request_id]
