@@ -22,7 +22,7 @@ test-slow: $(STAMP)-dev
 
 test-sglang: $(STAMP)-dev
 	tests/sglang_cpu/install.sh .venv-sglang
-	FLOWRL_REQUIRE_SGLANG=1 $(BIN)/python -m pytest -m sglang
+	FLOWRL_REQUIRE_SGLANG=1 $(BIN)/python -m pytest -m "sglang and not slow"
 
 # Losses, KL and masks against TRL's own, which this installs beside.
 test-cross-check: $(STAMP)-dev

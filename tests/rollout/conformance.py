@@ -323,6 +323,7 @@ class EngineConformance:
             await engine.engine.pause(PauseMode.RECOMPUTE)
             await engine.engine.release_memory()
             running += submit(engine, [request("late", prompts(3)[0], 4), request("gone", (4, 5, 6), LONG)])
+            await asyncio.sleep(0.1)  # they reach the engine
             for refused in (engine.engine.resume(), engine.engine.load_weights(models.second, new)):
                 with pytest.raises(ValueError, match="resume_memory"):
                     await refused

@@ -22,7 +22,7 @@ from tests.rollout.conformance import assert_logprobs, prompts, request
 from tests.rollout.reference import CONFIGS, MAX_MODEL_TOKENS, reference_model, write_model
 from tests.rollout.sglang_environment import sglang_python
 
-pytestmark = [pytest.mark.sglang, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(400)]
 LONG = 400
 
 
