@@ -9,7 +9,7 @@ from flowrl.pipeline import stages
 from flowrl.rollout.engine import FinishReason, Generation
 from flowrl.rollout.episodes import Transcript
 from flowrl.rollout.experts import UNKNOWN, joined_experts
-from flowrl.stages.rollout import columns_of
+from flowrl.rollout.finished import FinishedRow, columns_of
 from transfer_queue.rows import RowKey
 
 
@@ -45,7 +45,10 @@ def test_a_row_has_the_experts_of_all_turns_flat_and_one_without_them_has_none()
     silent = Transcript((7, 8), max_tokens=20)
     silent.write(generation(2, None, FinishReason.ABORT))
     trajectories = (whole, silent.trajectory())
-    batch = [(RowKey("train", 0, index), 0, one.prompt or (), one) for index, one in enumerate(trajectories)]
+    batch = [
+        FinishedRow(key=RowKey("train", 0, index), index=0, prompt=one.prompt or (), trajectory=one)
+        for index, one in enumerate(trajectories)
+    ]
     column = columns_of(batch)["routed_experts"]
     assert column.values.dtype == np.int16
     assert column[0].reshape(-1, 2, 3)[:, 1, 2].tolist() == [1] * 6 + [2] * 5 and not len(column[1])
