@@ -15,7 +15,7 @@ quickstart: $(STAMP)
 	$(BIN)/flowrl run recipes/quickstart.yaml run.name=quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: $(STAMP)-dev
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile -m "not sglang and not slow"
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --durations=30 -m "not sglang and not slow"
 
 test-slow: $(STAMP)-dev
 	$(BIN)/python -m pytest -m slow

@@ -22,6 +22,7 @@ VARIANTS = (
     ("rollout.filter_tied=true",),
     ("algorithm.name=segment_ppo",),
     ("algorithm.name=remax",),
+    ("rollout.engine=sglang", "rollout.routed_experts=true"),
     ("algorithm.name=gdpo", "algorithm.advantage_settings.weights={score: 1.0}"),
     ("reward.name=episode", "rollout.episode=mine.py:scored", "warm_start=null"),
 )
