@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from datetime import timedelta
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
@@ -140,7 +141,14 @@ class TorchPeers:
         with warnings.catch_warnings():
             # torch's own use of a function it has deprecated.
             warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
-            rpc.init_rpc(_name(self.node), rank=self.node, world_size=self.num_nodes, rpc_backend_options=options)
+            rpc.constants.DEFAULT_PROCESS_GROUP_TIMEOUT = timedelta(
+                seconds=self._start_s
+            )  # of the gloo group; 30 minutes
+            try:
+                rpc.init_rpc(_name(self.node), rank=self.node, world_size=self.num_nodes, rpc_backend_options=options)
+            except RuntimeError as error:
+                text = f"node {self.node}: the {self.num_nodes} nodes have not met in {self._start_s:.0f} s: {error}"
+                raise TimeoutError(text) from error
         self._is_started = True
         for sender in self._senders:
             sender.start()

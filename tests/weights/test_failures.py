@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -63,22 +64,22 @@ def test_engine_that_cannot_load_is_named_and_its_work_goes_to_the_others(tmp_pa
 
 
 def test_too_little_shared_memory_is_said_before_the_start_with_size_and_settings(tmp_path: Path) -> None:
-    """On a real file system of 12 MB, in a mount namespace of the run's own."""
+    """On a real file system of 12 MB, in a mount namespace of the run's own, under a path that is short enough for
+    sockets."""
     if os.geteuid() or not shutil.which("unshare"):
         pytest.skip("needs root, to mount a small file system")
-    (tmp_path / "memory").mkdir()
-    arguments = command(
-        f"run.dir={tmp_path}/runs", f"model.path={tmp_path}/model", f"run.session_dir={tmp_path}/memory"
-    )
+    memory = Path(tempfile.mkdtemp(prefix="small-", dir="/tmp"))
+    arguments = command(f"run.dir={tmp_path}/runs", f"model.path={tmp_path}/model", f"run.session_dir={memory}")
     script = 'mount -t tmpfs -o size=12m small "$0" && exec "$@"'
     done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", script, str(tmp_path / "memory"), *arguments],
+        ["unshare", "--mount", "sh", "-c", script, str(memory), *arguments],
         capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
     )  # fmt: skip
+    memory.rmdir()
     said = done.stdout + done.stderr
     assert done.returncode != 0
     needed = published_bytes(load(QUICKSTART, [f"model.path={tmp_path}/model"]), ONE_NODE) + (16 << 20)
-    assert f"{tmp_path}/memory has 12 MiB free, and the run needs {needed / 2**20:.0f} MiB" in said
+    assert f"{memory} has 12 MiB free, and the run needs {needed / 2**20:.0f} MiB" in said
     assert "run.session_dir" in said and "weights.buffers" in said and "queue.byte_limit_mb" in said
     assert not (tmp_path / "runs" / "quickstart" / "checkpoints").exists()
 
