@@ -83,6 +83,8 @@ def main(context: WorkerContext) -> None:
 
         def write(kind: str, key: RowKey, fields: Mapping[str, Any]) -> None:
             log.write(kind, key, **fields)
+            if kind == "taken":  # in the file before the trainer hears of it, should this process be killed
+                log.flush()
 
         server = QueueServer(config, RemoteClock(context.payload["clock_endpoint"], context.name), write)
         context.on_stop(server.stop)

@@ -87,14 +87,19 @@ def running(
 
 
 def ends(processes: list[Popen[str]]) -> list[tuple[int, str]]:
-    outputs = [finish(process, END_S + START_S) for process in processes]
-    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+    ended = []
+    for process in processes:
+        output = finish(process, END_S + START_S)
+        assert process.returncode == 0, output
+        ended.append((process.returncode, output))
+    return ended
 
 
 def record(folder: Path, node: int, name: str = "sums") -> Path:
     return folder / f"host{node}" / "runs" / name
 
 
+@pytest.mark.slow
 def test_two_hosts_train_together_over_a_slow_link(tmp_path: Path) -> None:
     with hosts(2) as machines:
         machines[1].slow_down(delay_ms=25, megabits=4)
