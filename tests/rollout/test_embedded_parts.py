@@ -183,14 +183,14 @@ def test_slots_keep_each_requests_tokens_through_removals() -> None:
 
 @given(st.lists(st.integers(0, 4000), max_size=60))
 def test_spans_cover_every_slot_and_all_of_its_keys(positions: list[int]) -> None:
-    found = spans(np.array(positions, dtype=np.int64))
+    found = spans(np.array(positions, dtype=np.int64), 1024)
     covered = [slot for start, stop, _ in found for slot in range(start, stop)]
     assert covered == list(range(len(positions)))
     assert all(max(positions[start:stop]) + 1 == context for start, stop, context in found)
 
 
 def test_one_long_slot_does_not_make_the_others_read_far() -> None:
-    assert spans(np.array([2000, *([100] * 31)])) == [(0, 1, 2001), (1, 32, 101)]
+    assert spans(np.array([2000, *([100] * 31)]), 1024) == [(0, 1, 2001), (1, 32, 101)]
 
 
 def test_cache_keeps_what_was_written_while_it_grows() -> None:

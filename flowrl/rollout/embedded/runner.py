@@ -22,7 +22,8 @@ from flowrl.rollout.embedded.waiting import Chunk
 Array = np.ndarray
 Forward = Callable[[Tensor, Tensor, Step], Tensor]
 
-_SPAN_TOKENS = 1024
+# Reading how many keys more costs about as much as one more call of attention, by device type.
+_CALL_KEYS = {"cpu": 1 << 10, "cuda": 1 << 15}
 
 
 class Runner:
@@ -76,7 +77,7 @@ class Runner:
             positions_T=positions,
             spans=tuple(
                 DecodeSpan(start, stop, Visibility(positions[start:stop, None], context))
-                for start, stop, context in spans(positions_N)
+                for start, stop, context in spans(positions_N, _CALL_KEYS[self._device.type])
             ),
             chunks=tuple(self._pad([chunks[i] for i in bucket], starts[bucket]) for bucket in buckets),
         )
@@ -113,24 +114,24 @@ class Runner:
         return torch.from_numpy(values).to(self._device)
 
 
-def spans(positions: Array, first: int = 0) -> list[tuple[int, int, int]]:
+def spans(positions: Array, call_keys: int, first: int = 0) -> list[tuple[int, int, int]]:
     """Cuts slots into neighbours of like length: (start, stop, longest context), where `positions` are those of the
-    slots from `first` on. Each cut spares the reading of at least `_SPAN_TOKENS` keys, about what a call costs."""
+    slots from `first` on. Each cut is one call more, and spares the reading of at least `call_keys` keys."""
     num = len(positions)
     if not num:
         return []
     longest = int(positions.max()) + 1
     whole = [(first, first + num, longest)]
-    if num * longest - int(positions.sum()) - num < _SPAN_TOKENS:
+    if num * longest - int(positions.sum()) - num < call_keys:
         return whole
     before = np.maximum.accumulate(positions)[:-1] + 1
     after = np.maximum.accumulate(positions[::-1])[::-1][1:] + 1
     left = np.arange(1, num)
     read = left * before + (num - left) * after
     cut = int(read.argmin()) + 1
-    if num * longest - int(read[cut - 1]) < _SPAN_TOKENS:
+    if num * longest - int(read[cut - 1]) < call_keys:
         return whole
-    return spans(positions[:cut], first) + spans(positions[cut:], first + cut)
+    return spans(positions[:cut], call_keys, first) + spans(positions[cut:], call_keys, first + cut)
 
 
 def _call(model: PreTrainedModel, tokens_T: Tensor, wanted_W: Tensor, step: Step) -> Tensor:
