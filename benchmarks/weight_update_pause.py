@@ -23,6 +23,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -33,9 +34,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM
 
-from flowrl.rollout.embedded.engine import EmbeddedEngine
 from flowrl.rollout.engine import Engine, FinishReason, GenerateRequest, Generation, PauseMode, SamplingParams
 
 NUM_RUNNING = 64
@@ -52,10 +52,10 @@ def main() -> None:
         paths = [Path(folder) / name for name in ("a", "b")]
         for seed, path in enumerate(paths):
             torch.manual_seed(seed)
-            AutoModelForCausalLM.from_config(Qwen3Config(**shared.SHAPE)).save_pretrained(path)
-        engines: dict[str, Any] = {"embedded": lambda: EmbeddedEngine(**shared.embedded_args())}
+            AutoModelForCausalLM.from_config(shared.qwen3(shared.CPU)).save_pretrained(path)
+        engines: dict[str, Any] = {"embedded": lambda: shared.embedded_engine(shared.CPU)}
         if given.sglang_python is not None:
-            engines["sglang"] = lambda: shared.sglang_engine(given.sglang_python, Path(folder))
+            engines["sglang"] = lambda: shared.sglang_engine(given.sglang_python, shared.CPU, Path(folder))
         rows = [
             row for name, make in engines.items() for row in asyncio.run(measure(name, make(), paths, given.updates))
         ]
@@ -84,7 +84,7 @@ def engine_benchmark() -> ModuleType:
     """`engine.py` beside this file, whatever else is called `engine`."""
     spec = importlib.util.spec_from_file_location("engine_benchmark", Path(__file__).with_name("engine.py"))
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 

@@ -3,8 +3,9 @@
     python benchmarks/weights_gpu.py [--shapes 0.6B 8B] [--rounds 5]
 
 One process, one GPU: float32 masters on it, published as bfloat16 by `Publisher`, loaded in place into a bfloat16 model
-beside them. Bound: one copy of 1 GiB between the GPU and pinned memory, each way. `registered`: the same publishing
-with its buffers registered with CUDA, which FlowRL does not do; the row is to tell whether it should.
+beside them. Bound: one copy of 1 GiB between the GPU and pinned memory, each way. `unregistered`: the same publishing
+with buffers that CUDA does not know. `first`: seconds of the first publishing to each buffer, which makes its pages and
+registers them, in the median.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, medians of {given.rounds} rounds\n")
     off, onto = link_speed(given.rounds)
     print(f"bound: {off:.1f} GB/s off the GPU, {onto:.1f} GB/s onto it, pinned\n")
-    print("| shape | GB | publish GB/s | of the bound | registered GB/s | of the bound | load GB/s | of the bound |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| shape | GB | publish GB/s | of it | unregistered GB/s | of it | load GB/s | of it | first s |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for shape in given.shapes:
         print(row(shape, given.rounds, off, onto), flush=True)
         torch.cuda.empty_cache()
@@ -70,27 +71,26 @@ def row(shape: str, rounds: int, off: float, onto: float) -> str:
     free = os.statvfs("/dev/shm").f_bavail * os.statvfs("/dev/shm").f_frsize
     num_bytes = sum(kind.num_bytes for kind in kinds.values())
     if free < (BUFFERS + 1) * num_bytes:
-        return f"| {shape} | {num_bytes / 1e9:.1f} | /dev/shm has {free / 1e9:.0f} GB free, too little | | | | | |"
+        return f"| {shape} | {num_bytes / 1e9:.1f} | /dev/shm has {free / 1e9:.0f} GB free, too little | | | | | | |"
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="flowrl-bench-") as memory:
         root = Path(memory) / "weights"
         form = Form(kinds, ())
         publisher = Publisher(masters, root, WeightStore(root, BUFFERS), "bfloat16", form=form)
         versions = iter(range(10_000))
-        for _ in range(BUFFERS + 1):
-            publisher.publish(next(versions))
+        first = statistics.median(once(lambda: publisher.publish(next(versions))) for _ in range(BUFFERS + 1))
         publish = seconds(lambda: publisher.publish(next(versions)), rounds)
         newest = WeightStore(root, BUFFERS).latest()
         assert newest is not None
         state = served.state_dict(keep_vars=True)
         load = seconds(lambda: load_in_place(state, newest.path), rounds)
         assert all(torch.equal(state[name], tensor.bfloat16()) for name, tensor in masters.state_dict().items())
-        register(publisher)
-        registered = seconds(lambda: publisher.publish(next(versions)), rounds)
-        register(publisher, undo=True)
+        for registered in publisher._writer._registered.values():  # type: ignore[union-attr]
+            registered.close()
+        unregistered = seconds(lambda: publisher.publish(next(versions)), rounds)
         publisher.close()
-    speeds = [publisher.num_bytes / taken / 1e9 for taken in (publish, registered, load)]
+    speeds = [publisher.num_bytes / taken / 1e9 for taken in (publish, unregistered, load)]
     cells = [f"{speed:.1f} | {speed / bound:.0%}" for speed, bound in zip(speeds, (off, off, onto), strict=True)]
-    return f"| {shape} | {num_bytes / 1e9:.1f} | " + " | ".join(cells) + " |"
+    return f"| {shape} | {num_bytes / 1e9:.1f} | " + " | ".join(cells) + f" | {first:.2f} |"
 
 
 def model(shape: str, dtype: torch.dtype) -> Any:
@@ -111,26 +111,16 @@ def model(shape: str, dtype: torch.dtype) -> Any:
         return Qwen3ForCausalLM(config).to(dtype)
 
 
-def register(publisher: Any, undo: bool = False) -> None:
-    runtime: Any = torch.cuda.cudart()
-    for buffer in publisher._writer._pool._states:
-        data = buffer.bytes
-        code = runtime.cudaHostUnregister(data.data_ptr()) if undo else runtime.cudaHostRegister(
-            data.data_ptr(), data.numel(), 0
-        )  # fmt: skip
-        if int(code):
-            raise SystemExit(f"weights_gpu: CUDA would not register a buffer: {code}")
-
-
 def seconds(action: Callable[[], object], rounds: int) -> float:
-    found = []
-    for _ in range(rounds + 1):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        action()
-        torch.cuda.synchronize()
-        found.append(time.perf_counter() - started)
-    return statistics.median(found[1:])
+    return statistics.median([once(action) for _ in range(rounds + 1)][1:])
+
+
+def once(action: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    action()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from flowrl.weights.store import reading
 from flowrl.weights.tensorfile import Slot, read_header, slots_of
 
 _CHUNK_BYTES = 4 << 20
-_NUM_THREADS = min(4, len(os.sched_getaffinity(0)))
+_NUM_THREADS = min(8, len(os.sched_getaffinity(0)))
 
 
 class Place(NamedTuple):
@@ -74,6 +74,8 @@ class Loader:
             # The kernel copies; threads of ours only wait for it, and large models come in at the memory's speed.
             with ThreadPoolExecutor(_NUM_THREADS) as threads:
                 list(threads.map(lambda copy: _read(opened[copy.file].fileno(), copy), self._copies))
+            for device in {copy.target.device for copy in self._copies if copy.target.is_cuda}:
+                torch.cuda.default_stream(device).synchronize()
 
     def _read_headers(self, headers: list[bytes], path: Path) -> None:
         if headers == self._headers:
@@ -127,9 +129,10 @@ def _read(fd: int, copy: _Copy) -> None:
     target = copy.target
     if target.dtype == copy.dtype and target.device.type == "cpu":
         return _fill(fd, target.view(torch.uint8), copy.begin)
-    staging = torch.empty(len(target), dtype=copy.dtype)
+    # To a GPU from pinned memory, which torch keeps and hands out again once the copy is done; there it is cast.
+    staging = torch.empty(len(target), dtype=copy.dtype, pin_memory=target.is_cuda)
     _fill(fd, staging.view(torch.uint8), copy.begin)
-    target.copy_(staging)
+    target.copy_(staging, non_blocking=target.is_cuda)
 
 
 def _fill(fd: int, target: torch.Tensor, begin: int) -> None:

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from flowrl.weights.buffers import Borrower, Buffer, Lender, create_file, link
+from flowrl.weights.devices import Registered, copy_to_host
 from flowrl.weights.plan import Piece, Plan
 from flowrl.weights.pool import BufferPool, OnPublished
 from flowrl.weights.ranks import Ranks, WeightsError
@@ -69,6 +70,7 @@ class PooledWriter:
         self._publisher = publisher
         self._pool = None if store is None else BufferPool(store, plan.layout, companions, on_published)
         self._views: dict[int, list[torch.Tensor]] = {}
+        self._registered: dict[int, Registered] = {}
         self._buffer: Buffer | None = None
         self._key = -1
         self._lender = Lender(root, num_peers, _LENDING_TIMEOUT_S) if self._pool and num_peers else None
@@ -96,8 +98,11 @@ class PooledWriter:
         self._keep(self._buffer.key, live, self._buffer.bytes)
 
     def write(self, tensors: Locals) -> None:
-        for piece, view in zip(self._pieces, self._views[self._key], strict=True):
-            view.copy_(tensors[piece.name])
+        views = self._views[self._key]
+        sources = [tensors[piece.name] for piece in self._pieces]
+        if self._key not in self._registered and any(source.is_cuda for source in sources):
+            self._registered[self._key] = Registered(views)
+        copy_to_host(zip(views, sources, strict=True))
 
     def commit(self, version: int, pin: str) -> Path | None:
         if self._pool is None:
@@ -115,7 +120,7 @@ class PooledWriter:
             self._pool.discard_newer_than(version)
 
     def close(self) -> None:
-        self._views.clear()
+        self._forget([])
         for end in (self._pool, self._lender, self._borrower):
             if end is not None:
                 end.close()
@@ -123,10 +128,16 @@ class PooledWriter:
     def _keep(self, key: int, live: Sequence[int], file: torch.Tensor | None) -> None:
         """Views of this rank's pieces in each buffer that lives; they are made once."""
         self._key = key
-        self._views = {other: views for other, views in self._views.items() if other in live}
+        self._forget(live)
         if key not in self._views:
             assert file is not None, "a buffer that is new here comes with its file"
             self._views[key] = [_view(file, piece) for piece in self._pieces]
+
+    def _forget(self, live: Sequence[int]) -> None:
+        """All buffers but those."""
+        for key in self._registered.keys() - set(live):
+            self._registered.pop(key).close()
+        self._views = {key: views for key, views in self._views.items() if key in live}
 
 
 class FileWriter:
@@ -216,7 +227,8 @@ def _view(file: torch.Tensor, piece: Piece) -> torch.Tensor:
 
 def _cast_chunks(tensor: torch.Tensor, piece: Piece) -> Iterator[tuple[int, memoryview]]:
     """(offset in the file, bytes): cast a chunk at a time, in a buffer that stays in the cache."""
-    flat, dtype = tensor.reshape(-1), piece.kind.dtype
+    dtype = piece.kind.dtype
+    flat = (tensor.to(dtype).cpu() if tensor.is_cuda else tensor).reshape(-1)
     each = _CHUNK_BYTES // dtype.itemsize
     staging = torch.empty(min(each, len(flat)), dtype=dtype)
     for begin in range(0, len(flat), each):

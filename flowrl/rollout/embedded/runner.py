@@ -23,7 +23,7 @@ Array = np.ndarray
 Forward = Callable[[Tensor, Tensor, Step], Tensor]
 
 # Reading how many keys more costs about as much as one more call of attention, by device type.
-_CALL_KEYS = {"cpu": 1 << 10, "cuda": 1 << 15}
+_CALL_KEYS = {"cpu": 1 << 10, "cuda": 1 << 18}
 
 
 class Runner:
