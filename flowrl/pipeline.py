@@ -30,6 +30,7 @@ from flowrl.config.recipe import (
     takes_episode_reward,
 )
 from flowrl.record.lives import Life
+from flowrl.rollout.sglang.arguments import gpus_of_servers
 from flowrl.stages.turns import SHARING
 from flowrl.weights.place import Route, version_bytes
 
@@ -80,6 +81,10 @@ def build(recipe: Recipe, num_nodes: int) -> Pipeline:
         workers = plan(graph, [*pools(recipe), Pool(name="relay", nodes=route.nodes)], num_nodes)
     refuse_evaluation_elsewhere(recipe, workers)
     refuse_uneven_shares(recipe, sum(worker.worker == "rollout" for worker in workers))
+    if recipe.rollout.engine == "sglang" and not recipe.rollout.urls:
+        for worker in workers:
+            if worker.worker == "rollout":
+                gpus_of_servers(worker.devices, recipe.rollout.servers, recipe.rollout.server_args)
     if sharing(workers, "rollout", "train"):
         refuse_what_cannot_alternate(recipe)
     return Pipeline(recipe, graph, workers)

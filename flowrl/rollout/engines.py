@@ -20,6 +20,7 @@ def make_engine(recipe: Recipe, context: WorkerContext, longest_prompt: int) -> 
         return SGLangEngine(
             python=rollout.python or sys.executable,
             device=context.device.partition(":")[0],
+            devices=context.devices,
             server_args={"dtype": recipe.model.dtype, **rollout.server_args},
             log_path=context.run_dir / "logs" / f"{context.name}.sglang.log",
             servers=rollout.servers,

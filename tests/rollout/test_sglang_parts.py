@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 from flowrl.rollout.engine import EngineError, FinishReason, GenerateRequest, PauseMode, SamplingParams
 from flowrl.rollout.sglang import keeper
 from flowrl.rollout.sglang.answers import Parts, cut_at_stop, generate_body, generation
-from flowrl.rollout.sglang.arguments import ServerSettings, command_line, environment
+from flowrl.rollout.sglang.arguments import ServerSettings, command_line, environment, gpus_of_servers
 from flowrl.rollout.sglang.checkpoint import experts_shape, misfit, read_shapes
 from flowrl.rollout.sglang.client import (
     Finish,
@@ -42,6 +42,34 @@ KEEPER = Path(keeper.__file__)
 def request(request_id: str, *, tokens: tuple[int, ...] = (5, 6, 7), **sampling: object) -> GenerateRequest:
     params = SamplingParams(**{"max_tokens": 4, **sampling})
     return GenerateRequest(request_id=request_id, tokens=tokens, sampling=params)
+
+
+# GPUs
+
+
+def test_servers_share_out_the_gpus_of_their_worker() -> None:
+    four = [f"cuda:{number}" for number in (4, 5, 6, 7)]
+    assert gpus_of_servers(["cpu"], 2, {}) == [{}, {}]
+    assert gpus_of_servers(["cuda:3"], 1, {}) == [{"base_gpu_id": 3}]
+    assert gpus_of_servers(four, 4, {}) == [{"base_gpu_id": number} for number in (4, 5, 6, 7)]
+    pairs = [{"base_gpu_id": first, "gpu_id_step": 1, "tp_size": 2} for first in (4, 6)]
+    assert gpus_of_servers(four, 2, {}) == pairs
+    assert gpus_of_servers(four, 2, {"dp_size": 2, "base_gpu_id": 0}) == [{"gpu_id_step": 1}] * 2
+    assert gpus_of_servers(["cuda:0", "cuda:2"], 1, {}) == [{"base_gpu_id": 0, "gpu_id_step": 2, "tp_size": 2}]
+
+
+@pytest.mark.parametrize(
+    ("devices", "servers", "field"),
+    [
+        (["cuda:0"], 2, "rollout.servers: 2"),
+        (["cuda:0", "cuda:1", "cuda:2"], 2, "rollout.servers: 2"),
+        (["cuda:0", "cuda:1", "cuda:3"], 1, "pools"),
+        (["cuda:1", "cuda:0"], 1, "pools"),
+    ],
+)
+def test_gpus_that_do_not_divide_are_refused(devices: list[str], servers: int, field: str) -> None:
+    with pytest.raises(ValueError, match=field):
+        gpus_of_servers(devices, servers, {})
 
 
 # routing and stop strings

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 _MANAGED = ("model_path", "host", "port", "device", "weight_version", "skip_tokenizer_init")
 
+_PARALLELISM = {"tp_size", "pp_size", "dp_size"}
 # What a server needs to run without a GPU at all; sizes are those of a laptop. `server_args` may say otherwise.
 _CPU_ARGUMENTS: dict[str, Any] = {
     "attention_backend": "torch_native",
@@ -50,6 +52,33 @@ class ServerSettings:
                 raise ValueError(f"server_args.{name}: {self.server_args[name]!r}; set by the engine itself")
             if not name.isidentifier():
                 raise ValueError(f"server_args: {name!r}; names are written with underscores, like tp_size")
+
+
+def gpus_of_servers(devices: Sequence[str], servers: int, server_args: Mapping[str, Any]) -> list[dict[str, int]]:
+    """The arguments that put each of `servers` on its share of a worker's `devices`, dealt out in order; none of them
+    on a CPU. A share of several GPUs is one of tensor parallelism, unless `server_args` divide it in another way.
+    Raises ValueError naming the field for GPUs that do not divide, or that no step leads through."""
+    gpus = [int(device.partition(":")[2]) for device in devices if device.startswith("cuda:")]
+    if not gpus:
+        return [{}] * servers
+    each, left_over = divmod(len(gpus), servers)
+    if left_over or not each:
+        raise ValueError(f"rollout.servers: {servers}; a worker's devices, {list(devices)}, must divide among them")
+    found = []
+    for first in range(0, len(gpus), each):
+        share = gpus[first : first + each]
+        steps = {after - before for before, after in pairwise(share)}
+        if len(steps) > 1 or any(step < 1 for step in steps):
+            raise ValueError(
+                f"pools.*.devices: {list(devices)}; SGLang reaches the GPUs of a server by one step: rising, evenly"
+            )
+        chosen = {"base_gpu_id": share[0]}
+        if each > 1:
+            chosen["gpu_id_step"] = steps.pop()
+            if not server_args.keys() & _PARALLELISM:
+                chosen["tp_size"] = each
+        found.append({name: value for name, value in chosen.items() if name not in server_args})
+    return found
 
 
 def command_line(settings: ServerSettings, model: Path, version: int, port: int) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flowrl.rollout.engine import Capabilities, EngineError, GenerateRequest, Generation, PauseMode, check_lendable
-from flowrl.rollout.sglang.arguments import ServerSettings
+from flowrl.rollout.sglang.arguments import ServerSettings, gpus_of_servers
 from flowrl.rollout.sglang.checkpoint import Shapes, experts_shape, misfit, read_config, read_shapes, vocab_size
 from flowrl.rollout.sglang.client import ServerInfo, SGLangClient
 from flowrl.rollout.sglang.dispatch import Dispatch, Limits
@@ -44,7 +44,8 @@ class SGLangEngine:
     system); otherwise `start` launches `servers` of them. Each request goes to the least loaded, or to the one that has
     its prompt. Of several, one that is lost is started again while the others go on; `log` is told. Every
     `health_every_s` each has to generate within `health_timeout_s`. routed_experts: generations say which experts of a
-    mixture each token went through. The other arguments are those of `ServerSettings`."""
+    mixture each token went through. devices: GPUs, as `cuda:3`, which the servers share out. The other arguments are
+    those of `ServerSettings`."""
 
     _fleet: Fleet | None
     _dispatch: Dispatch
@@ -61,6 +62,7 @@ class SGLangEngine:
         *,
         python: str = sys.executable,
         device: str = "cuda",
+        devices: Sequence[str] = (),
         host: str = "127.0.0.1",
         port: int = 0,
         server_args: Mapping[str, Any] | None = None,
@@ -84,12 +86,12 @@ class SGLangEngine:
                 device=device,
                 host=host,
                 port=port,
-                server_args={**(server_args or {}), **({_RETURN_EXPERTS: True} if routed_experts else {})},
+                server_args={**(server_args or {}), **place, **({_RETURN_EXPERTS: True} if routed_experts else {})},
                 env=env or {},
                 log_path=log,
                 startup_timeout_s=startup_timeout_s,
             )
-            for log in logs
+            for log, place in zip(logs, gpus_of_servers(devices, servers, server_args or {}), strict=True)
         ]
         self._load_timeout_s = load_timeout_s
         self._health_every_s, self._health_timeout_s = health_every_s, health_timeout_s
