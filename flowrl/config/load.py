@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from flowrl.config.code import refuse_missing_code
 from flowrl.config.presets import preset
 from flowrl.config.recipe import Recipe
 
@@ -36,6 +37,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(_readable(error)) from error
     assert isinstance(recipe, Recipe)
     _refuse_missing_paths(recipe)
+    refuse_missing_code(recipe)
     return recipe
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -10,9 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flowrl.config.episodes import SandboxConfig
+from flowrl.config.rollout import RolloutConfig
 from flowrl.data.prompts import PromptEncoder
+from flowrl.rollout.failure import EpisodeFailed
 from flowrl.rollout.tools.calculator import calculate
 from flowrl.rollout.tools.calls import ToolCall, Unreadable, parse_calls
+from flowrl.rollout.tools.registry import load_tools
+from flowrl.rollout.tools.tool import Toolbox
+from flowrl.rollout.user_code import UserCode
+from flowrl.sandbox.sandbox import Sandbox, SandboxUnavailable
 from tests.rollout.episode_parts import make_model
 
 CHATML = (
@@ -63,6 +72,26 @@ def test_whatever_the_model_writes_the_calculator_answers(text: str) -> None:
         assert calculate(text)
     except ValueError as error:
         assert str(error)
+
+
+def test_a_sandbox_that_fails_ends_the_episode_and_is_not_told_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    sandbox = Sandbox(SandboxConfig())
+    try:
+        sandbox.check()
+    except SandboxUnavailable as error:
+        pytest.skip(f"no isolation here: {error}")
+    (python,) = load_tools(RolloutConfig(episode="multi_turn", tools=["python"]), sandbox)
+    call = ToolCall(name="python", arguments={"code": "print(6 * 7)"})
+    toolbox = Toolbox([python], UserCode())
+    try:
+        assert asyncio.run(toolbox.answer(call))["content"].strip() == "42"
+        monkeypatch.setattr(sys, "executable", "/bin/false")  # as if the interpreter had been replaced
+        with pytest.raises(EpisodeFailed) as failed:
+            asyncio.run(toolbox.answer(call))
+        assert failed.value.failure.reason == "sandbox_unavailable"
+    finally:
+        toolbox.user_code.close()
+        sandbox.close()
 
 
 def test_calls_are_found_in_their_order_and_the_rest_is_no_call() -> None:

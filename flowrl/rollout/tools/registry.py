@@ -7,10 +7,11 @@ from typing import Any
 
 from controllers.dotted import load_attribute
 from flowrl.config.rollout import RolloutConfig
+from flowrl.rollout.failure import EpisodeFailed
 from flowrl.rollout.tools.calculator import calculate
 from flowrl.rollout.tools.tool import Tool
 from flowrl.sandbox.report import describe
-from flowrl.sandbox.sandbox import Sandbox
+from flowrl.sandbox.sandbox import Sandbox, SandboxUnavailable
 
 
 def load_tools(rollout: RolloutConfig, sandbox: Sandbox) -> list[Tool]:
@@ -44,13 +45,18 @@ def _load(name: str, rollout: RolloutConfig, sandbox: Sandbox) -> Tool:
 
 
 class PythonTool:
+    """Raises EpisodeFailed where the sandbox is there no longer: the model could do nothing about it."""
+
     def __init__(self, sandbox: Sandbox) -> None:
         self.sandbox = sandbox
 
     async def __call__(self, code: str) -> str:
         if not isinstance(code, str):
             raise ValueError("code: must be a string")
-        return describe(await self.sandbox.run(code))
+        try:
+            return describe(await self.sandbox.run(code))
+        except SandboxUnavailable as error:
+            raise EpisodeFailed("sandbox_unavailable", str(error)) from error
 
 
 def _own(path: str, timeout_s: float) -> Tool:

@@ -1,0 +1,81 @@
+"""What of a recipe is code of the user's, and whether it is there: looked up in its source, never run.
+
+So a wrong name is refused before anything starts, on every node, though nothing heavy is imported for it.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+from flowrl.config.recipe import Recipe
+
+
+def refuse_missing_code(recipe: Recipe) -> None:
+    """Raises ValueError naming the field of a file, module or name that is not there."""
+    for field, path in code_of(recipe):
+        module, _, name = path.rpartition(":")
+        source = _source(field, path, module)
+        if source is not None:
+            _refuse_missing_name(field, path, source, name)
+
+
+def code_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """(field, dotted path) of everything that a recipe names by one."""
+    rollout, algorithm = recipe.rollout, recipe.algorithm
+    yield from ((f"stages.{name}.run", stage.run) for name, stage in recipe.stages.items())
+    yield from (("rollout.tools", tool) for tool in rollout.tools if ":" in tool)
+    given = {
+        "rollout.episode": rollout.episode,
+        "rollout.tool_parser": rollout.tool_parser,
+        "rollout.environment.path": rollout.environment.path if rollout.environment is not None else None,
+        "reward.path": recipe.reward.path,
+        "algorithm.advantage": algorithm.advantage,
+        "algorithm.loss": algorithm.loss,
+    }
+    yield from ((field, path) for field, path in given.items() if path is not None and ":" in path)
+
+
+def _source(field: str, path: str, module: str) -> Path | None:
+    """None for a module that is there and has no source in Python."""
+    if module.endswith(".py"):
+        file = Path(module)
+        if not file.is_file():
+            raise ValueError(f"{field}: {path!r}; no such file as {str(file.resolve())!r}")
+        return file
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{field}: {path!r}; no module named {error.name!r}") from None
+    if spec is None:
+        raise ValueError(f"{field}: {path!r}; no module named {module!r}")
+    return Path(spec.origin) if spec.origin is not None and spec.origin.endswith(".py") else None
+
+
+def _refuse_missing_name(field: str, path: str, source: Path, name: str) -> None:
+    try:
+        tree = ast.parse(source.read_bytes(), str(source))
+    except SyntaxError as error:
+        raise ValueError(f"{field}: {path!r}; line {error.lineno} of {source} is no Python: {error.msg}") from error
+    names = set(_names(tree))
+    if name in names or names & {"*", "__getattr__"}:
+        return
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise ValueError(f"{field}: {path!r}; {source} has no {name!r}{hint}")
+
+
+def _names(node: ast.AST) -> Iterator[str]:
+    """What running the module may bind in it: nothing inside functions and classes."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield child.name
+        elif isinstance(child, ast.alias):
+            yield (child.asname or child.name).partition(".")[0]
+        elif isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
+            yield child.id
+        elif not isinstance(child, ast.Lambda | ast.GeneratorExp | ast.ListComp | ast.SetComp | ast.DictComp):
+            yield from _names(child)
