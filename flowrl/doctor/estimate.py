@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from controllers.placement import WorkerPlan
+from controllers.placement import HOST_DEVICE, WorkerPlan, backing_device
 from flowrl.config import Recipe
 from flowrl.doctor.shape import ModelShape
 from flowrl.weights.place import publishes_adapters, version_bytes
@@ -33,31 +33,33 @@ USUAL_PROMPT_TOKENS = 32
 
 @dataclass(frozen=True)
 class Need:
-    """amount: bytes. is_exact: the code allocates just that."""
+    """amount: bytes. is_exact: the code allocates just that. in_turn: given back when the worker yields its device.
+    on_host: in main memory, whatever its device."""
 
     what: str
     amount: int
     is_exact: bool
+    in_turn: bool = False
+    on_host: bool = False
 
 
 def worker_memory(plan: WorkerPlan, recipe: Recipe, shape: ModelShape) -> list[Need]:
     """Of one worker, on its device if that is no CPU, else in main memory. Empty where nothing is known of it."""
+    is_gpu = backing_device(plan.devices[0]) != HOST_DEVICE
     if plan.worker == "train":
-        return trainer_memory(plan, recipe, shape)
+        return trainer_memory(plan, recipe, shape, is_offloaded=is_gpu and recipe.train.offload == "all")
     if plan.worker == "rollout" and recipe.rollout.engine == "sglang":
-        return [
-            Need(
-                "weights in the server (its KV cache: server_args.mem_fraction_static)", _serving(recipe, shape), False
-            )
-        ]
+        what = "weights in the server (its KV cache: server_args.mem_fraction_static)"
+        is_freed = is_gpu and bool(recipe.rollout.server_args.get("enable_memory_saver"))
+        return [Need(what, _serving(recipe, shape), False, in_turn=is_freed)]
     if plan.worker == "rollout":
-        return engine_memory(recipe, shape, recipe.rollout.concurrency * recipe.rollout.group_size)
+        return engine_memory(recipe, shape, recipe.rollout.concurrency * recipe.rollout.group_size, is_parked=is_gpu)
     if plan.worker == "evaluate":
         return engine_memory(recipe, shape, EVALUATION_BATCH)
     return []
 
 
-def trainer_memory(plan: WorkerPlan, recipe: Recipe, shape: ModelShape) -> list[Need]:
+def trainer_memory(plan: WorkerPlan, recipe: Recipe, shape: ModelShape, *, is_offloaded: bool = False) -> list[Need]:
     """Sharded over the ranks: masters, gradients, Adam's two moments. Whole on each rank during an update: parameters
     in the compute dtype and the gradients that are accumulated."""
     train, share = recipe.train, -(-shape.parameters // plan.world_size)
@@ -68,24 +70,31 @@ def trainer_memory(plan: WorkerPlan, recipe: Recipe, shape: ModelShape) -> list[
     is_collective, staged = recipe.weights.transport == "collective", -(-_serving(recipe, shape) // plan.world_size)
     width = ACTIVATIONS_PER_LAYER * shape.hidden + INTERMEDIATE_TENSORS * shape.intermediate
     return [
-        Need("masters, gradients and Adam's moments, float32", 16 * share, True),
-        *([Need("parameters and gradients, gathered for an update", gathered, True)] if gathered else []),
-        Need(f"activations of a micro-batch of {tokens} tokens", tokens * shape.layers * width * compute, False),
-        Need("logits, in pieces", min(LOGITS_BYTES, 2 * tokens * shape.vocabulary * 4), False),
+        Need("masters, gradients and Adam's moments, float32", 16 * share, True, on_host=is_offloaded),
+        *([Need("parameters and gradients, gathered for an update", gathered, True, in_turn=True)] if gathered else []),
+        Need(
+            f"activations of a micro-batch of {tokens} tokens",
+            tokens * shape.layers * width * compute,
+            False,
+            in_turn=True,
+        ),
+        Need("logits, in pieces", min(LOGITS_BYTES, 2 * tokens * shape.vocabulary * 4), False, in_turn=True),
         *([Need("two versions of its shard, for engines", 2 * staged, True)] if is_collective else []),
     ]
 
 
-def engine_memory(recipe: Recipe, shape: ModelShape, batch: int) -> list[Need]:
-    """The embedded engine's: its KV cache has room for every response at its longest."""
+def engine_memory(recipe: Recipe, shape: ModelShape, batch: int, *, is_parked: bool = False) -> list[Need]:
+    """The embedded engine's: its KV cache has room for every response at its longest. is_parked: its weights leave the
+    device between its turns."""
     item = ITEM_BYTES[recipe.model.dtype]
     tokens = min(shape.context, recipe.data.max_prompt_tokens + recipe.rollout.max_tokens)
     return [
-        Need("weights", _serving(recipe, shape), True),
+        Need("weights", _serving(recipe, shape), True, in_turn=is_parked),
         Need(
             f"KV cache, at most {batch} responses of {tokens} tokens (prompts may be shorter)",
             batch * tokens * shape.kv_elements_per_token * item,
             False,
+            in_turn=True,
         ),
     ]
 

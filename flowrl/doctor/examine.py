@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from controllers.lifecycle import default_root
-from controllers.placement import HOST_DEVICE, WorkerPlan, backing_device
+from controllers.placement import HOST_DEVICE, WorkerPlan, backing_device, sharing
 from flowrl.doctor import estimate
 from flowrl.doctor.estimate import Need
 from flowrl.doctor.machine import Machine, look, package_versions, sglang_version
@@ -80,17 +80,27 @@ def _memory(
     machine: Machine,
     nodes_on_host: int,
 ) -> None:
-    """By device: what its workers need, together, beside what it has."""
+    """By device: what its workers need, together, beside what it has. Of those that take turns at it, one at a time has
+    what it gives back."""
     guess = " (a guess: it is yet to be made)" if shape.is_guessed else ""
     lines = [f"model: {shape.parameters:,} parameters, {shape.layers} layers{guess}"]
     totals: dict[str, int] = defaultdict(int)
+    turn_takers = sharing(plans, "rollout", "train")
+    in_turn: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for plan in plans:
         device = backing_device(plan.devices[0])
         needs = estimate.worker_memory(plan, built.recipe, shape)
         totals[HOST_DEVICE] += estimate.process_bytes(plan)
-        totals[device] += sum(need.amount for need in needs)
+        for need in needs:
+            if need.in_turn and plan.name in turn_takers:
+                in_turn[plan.devices[0]][plan.name] += need.amount
+            else:
+                totals[HOST_DEVICE if need.on_host else device] += need.amount
         lines.append(f"{plan.name} on {device}: {size(sum(need.amount for need in needs))}")
         lines += [f"  {line}" for line in _lines(needs)]
+    for shared, amounts in in_turn.items():
+        totals[backing_device(shared)] += max(amounts.values())
+        lines.append(f"{' and '.join(sorted(amounts))} take turns at {shared}: only the larger share counts")
     totals[HOST_DEVICE] += estimate.PROCESS_BYTES["light"] * 2  # the controller and the queue's shard
     for device, total in sorted(totals.items()):
         times = nodes_on_host if device == HOST_DEVICE else 1

@@ -83,6 +83,32 @@ def test_what_will_not_fit_is_named(tmp_path: Path, machine: Machine, override: 
     assert any(words in problem for problem in found.problems), found.problems
 
 
+def test_of_workers_that_take_turns_the_larger_share_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that has room for either of the two, offloaded, and not for both at once."""
+    turns = ["pools.rollout.devices=[cuda:0]", "pools.train.devices=[cuda:0]", "rollout.in_flight=recompute"]
+    turns += ["rollout.concurrency=20000", "train.micro_batch_tokens=800000", "train.compute_dtype=bfloat16"]
+    pipe = built(tmp_path, *turns)
+    shape = shape_of(pipe.recipe)
+    given_back = {
+        plan.worker: sum(need.amount for need in worker_memory(plan, pipe.recipe, shape) if need.in_turn)
+        for plan in pipe.workers
+    }
+    larger, smaller = sorted((given_back["rollout"], given_back["train"]), reverse=True)[:2]
+    masters = 16 * shape.parameters
+    assert smaller > 2 * masters, "the case tells the two ways of counting apart"
+
+    def problems(gpu: int, *overrides: str) -> list[str]:
+        monkeypatch.setattr(examination, "look", lambda root, run_dir: replace(MACHINE, gpus=(gpu,)))
+        return examination.examine(built(tmp_path, *turns, *overrides), 0, 1, 1).problems
+
+    assert not problems(larger + masters)
+    assert problems(larger + masters - 1)
+    assert not problems(larger, "train.offload=all")
+    assert problems(larger - 1, "train.offload=all")
+    split = examination.examine(built(tmp_path, *turns[3:]), 0, 1, 1)
+    assert not any("take turns" in line for _, lines in split.sections for line in lines)
+
+
 def test_more_threads_than_cores_is_a_doubt(tmp_path: Path, machine: Machine) -> None:
     found = examination.examine(built(tmp_path, "pools.train.threads=4"), 0, 1, 1)
     assert any("threads: 5" in doubt for doubt in found.doubts)
