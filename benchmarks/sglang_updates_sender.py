@@ -1,0 +1,89 @@
+"""The part of `sglang_updates.py` that runs in SGLang's environment: its flattened buckets, pickled and broadcast."""
+
+from __future__ import annotations
+
+import json
+import socket
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from sglang.srt.utils import MultiprocessingSerializer, init_custom_process_group
+from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
+from sglang_updates_post import check, post
+
+GROUP = "benchmark"
+
+
+def main() -> None:
+    url, start, rounds = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(1)
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    tensors = load_file(start / "model.safetensors")
+    found = {}
+    for name, send in (("tensor", by_tensor), ("distributed", by_broadcast(url, tensors))):
+        try:
+            seconds = []
+            for number in range(rounds + 1):
+                tensors["model.embed_tokens.weight"].fill_(100 + number)
+                began = time.perf_counter()
+                send(url, tensors)
+                seconds.append(time.perf_counter() - began)
+                check(url, 100 + number)
+            found[f"{name}_ms"] = round(1e3 * statistics.median(seconds[1:]), 1)
+        except (Exception, SystemExit) as error:
+            found[f"{name}_failed"] = repr(error)[:500]
+    print(json.dumps(found))
+
+
+def by_tensor(url: str, tensors: dict[str, torch.Tensor]) -> None:
+    bucket = FlattenedTensorBucket(named_tensors=list(tensors.items()))
+    content = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.metadata}
+    payload = MultiprocessingSerializer.serialize(content, output_str=True)
+    body = {"serialized_named_tensors": [payload], "load_format": "flattened_bucket", "flush_cache": False}
+    post(url, "update_weights_from_tensor", body)
+
+
+def by_broadcast(url: str, tensors: dict[str, torch.Tensor]) -> Any:
+    port = free_port()
+    members = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": 2}
+    joined = threading.Thread(
+        target=lambda: post(url, "init_weights_update_group", {**members, "group_name": GROUP, "backend": "gloo"})
+    )
+    joined.start()
+    group = init_custom_process_group(
+        backend="gloo", init_method=f"tcp://127.0.0.1:{port}", world_size=2, rank=0, group_name=GROUP
+    )
+    joined.join()
+    body = {
+        "names": list(tensors),
+        "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
+        "shapes": [list(tensor.shape) for tensor in tensors.values()],
+        "group_name": GROUP,
+        "load_format": "flattened_bucket",
+        "flush_cache": False,
+    }
+
+    def send(url: str, tensors: dict[str, torch.Tensor]) -> None:
+        asked = threading.Thread(target=lambda: post(url, "update_weights_from_distributed", body))
+        asked.start()
+        flat = FlattenedTensorBucket(named_tensors=list(tensors.items())).get_flattened_tensor()
+        torch.distributed.broadcast(flat, src=0, group=group)
+        asked.join()
+
+    return send
+
+
+def free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
+
+
+if __name__ == "__main__":
+    main()
