@@ -27,10 +27,12 @@ class Buffers:
         """uint8 (num_bytes,), of any contents."""
         if num_bytes < SMALL_BYTES:
             return np.empty(num_bytes, np.uint8)
-        for at in range(len(self._kept)):
+        for at in range(len(self._kept)):  # those taken longest ago first, which are the likeliest to be free
             fits = num_bytes <= len(self._kept[at]) <= _OVERSIZE * num_bytes
             if fits and _references(self._kept, at) == _UNUSED:
-                return self._kept[at][:num_bytes]
+                buffer = self._kept.pop(at)
+                self._kept.append(buffer)
+                return buffer[:num_bytes]
         buffer = np.empty(num_bytes, np.uint8)
         self._kept.append(buffer)
         while len(self._kept) > 1 and sum(map(len, self._kept)) > KEPT_BYTES:

@@ -22,7 +22,8 @@ from transfer_queue.records import (
     partition_record,
 )
 from transfer_queue.states import Group
-from transfer_queue.storage import Parcel, Storage
+from transfer_queue.parcels import Parcel
+from transfer_queue.storage import Storage
 from transfer_queue.updates import Updates
 
 _log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from transfer_queue.errors import QueueError
-from transfer_queue.rows import Column, RowKey
+from transfer_queue.rows import Column, RowKey, concatenate
 
 GATHER_BYTES = 512 << 10
 """A put above this goes alone, and what has gathered goes when it comes to that."""
@@ -56,7 +56,7 @@ def join(parts: Sequence[Part]) -> Part:
         return parts[0]
     return Part(
         [key for part in parts for key in part.keys],
-        {name: Column.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns},
+        concatenate({name: [part.columns[name] for part in parts] for name in parts[0].columns}),
         [version for part in parts for version in part.versions],
     )
 

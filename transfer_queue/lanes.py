@@ -26,6 +26,7 @@ class Lane:
     def __init__(self, name: str, spec: ConsumerSpec, position: int) -> None:
         self.name = name
         self.spec = spec
+        self.columns = frozenset(spec.columns)
         self.position = position
         self.pushes = 0
         self.redelivered = 0

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
-from operator import and_, or_
 from typing import NamedTuple
 
 from transfer_queue.config import MAX_COLUMNS, ConsumerSpec
+from transfer_queue.contents import KnownNames
 from transfer_queue.cursor import Cursor
 from transfer_queue.errors import RowRefused
 from transfer_queue.lanes import Lane
@@ -67,6 +66,7 @@ class Ledger:
         """Groups that have changed, if somebody wants to know."""
         self.ended: Counter[str] = Counter()
         self._columns: set[str] = set()
+        self._names = KnownNames()
         self.partitions: dict[str, Partition] = {}
         self.lanes: dict[str, Lane] = {}
         for name, spec in consumers.items():
@@ -135,14 +135,15 @@ class Ledger:
     def plan_put(self, spans: Sequence[Span], columns: Sequence[str], versions: Sequence[int]) -> list[Arrival]:
         """Sorts the rows and refuses what must be refused; changes nothing."""
         self.check_columns(columns)
+        names = self._names.of(columns)
         plan = []
         seen: dict[tuple[str, int, int], int] = {}
         position = 0
         for span in spans:
             group = self.partition(span.partition).find(span)
             bits = span.bits & ~group.gone if group is not None else 0
-            have = [group.have.get(name, 0) & bits for name in columns] if group is not None and group.have else [0]
-            some, every = reduce(or_, have), reduce(and_, have)
+            some = group.have.with_any(names) & bits if group is not None and bits else 0
+            every = group.have.with_all(names) & bits if group is not None and some else 0
             if some != every:
                 raise RowRefused(f"{span}: some of {list(columns)} are there already; a put adds columns, all or none")
             fresh = bits & ~some
@@ -164,6 +165,7 @@ class Ledger:
     ) -> list[tuple[int, int, int]]:
         """Adds the columns to the fresh rows. Returns the (old, new, rows) by which deadlines moved."""
         self.puts += 1
+        names = self._names.of(columns)
         moves = []
         for span, position, group, fresh, _ in plan:
             if group is None or not fresh:
@@ -171,11 +173,7 @@ class Ledger:
             for first, end in ranges(fresh) if versions else ():
                 start = position + first - span.first
                 group.versions[first:end] = versions[start : start + end - first]
-            if group.have:
-                for name in columns:
-                    group.have[name] = group.have.get(name, 0) | fresh
-            else:
-                group.have = dict.fromkeys(columns, fresh)
+            group.have.add(names, fresh)
             if fresh & ~group.filled:
                 group.filled |= fresh
                 if group.filled == group.all and (move := self._settle_deadline(group, deadline_of)) is not None:
@@ -197,7 +195,7 @@ class Ledger:
         """Makes rows ready for the consumers whose columns are complete now."""
         for lane in self.partitions[group.partition].lanes:
             progress = group.progress[lane.position]
-            ready = group.complete(lane.spec.columns) & ~progress.begun & ~group.gone
+            ready = group.have.with_all(lane.columns) & ~progress.begun & ~group.gone
             if ready:
                 progress.become_ready(ready)
                 lane.push(group)

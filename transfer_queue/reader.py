@@ -12,7 +12,7 @@ import numpy as np
 from transfer_queue import frames, wire
 from transfer_queue.buffers import Buffers
 from transfer_queue.errors import WireError
-from transfer_queue.rows import Column
+from transfer_queue.rows import Column, concatenate
 from transfer_queue.segments import Segment, SharedSpace
 from transfer_queue.writer import view
 
@@ -64,14 +64,12 @@ def _copy(segments: Sequence[Segment], reply: wire.Delivered, buffers: Buffers) 
         view(segment, placed.columns, placed.num_rows) for segment, placed in zip(segments, reply.placed, strict=True)
     ]
     dtypes = {header.name: frames.DTYPES[header.dtype] for header in reply.columns}
-    columns = {}
+    parts = {}
     for layout in reply.layouts:
         runs = np.frombuffer(layout.runs, frames.RUN).reshape(-1, 3).tolist()
         for name in layout.names:
-            parts = [
+            parts[name] = [
                 Column.empty_rows(end - first, dtypes[name]) if at < 0 else parcels[at][name].slice(first, end)
                 for at, first, end in runs
             ]
-            values = buffers.take(sum(part.nbytes for part in parts)).view(dtypes[name])
-            columns[name] = Column.concatenate(parts, values)
-    return columns
+    return concatenate(parts, buffers.take)

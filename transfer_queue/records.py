@@ -10,11 +10,13 @@ import zlib
 
 import msgspec
 
+from transfer_queue.contents import Contents
 from transfer_queue.ledger import Ledger
+from transfer_queue.parcels import Parcel
 from transfer_queue.partitions import Partition
 from transfer_queue.spans import bits_between, ranges
 from transfer_queue.states import Group
-from transfer_queue.storage import Parcel, Shelf
+from transfer_queue.storage import Shelf
 from transfer_queue.wire import ColumnPlace
 
 Ranges = list[tuple[int, int]]
@@ -101,7 +103,7 @@ def group_record(ledger: Ledger, group: Group, shelf: Shelf | None) -> GroupReco
     return GroupRecord(
         group.partition, group.number, group.attempt, group.size, group.producer, group.version, group.deadline,
         group.row_bytes, group.versions,
-        {name: list(ranges(bits)) for name, bits in group.have.items()},
+        {name: list(ranges(bits)) for name, bits in group.have.columns()},
         {lane.name: list(ranges(group.progress[lane.position].done)) for lane in lanes},
         group.claim if group.claim is not None and group.claim[0] >= 0 else None, group.taker, pieces,
     )  # fmt: skip
@@ -115,17 +117,24 @@ def group_of(record: GroupRecord, partition: Partition, now: float) -> Group:
         version=record.version, deadline=record.deadline, row_bytes=record.row_bytes, born_s=now,
     )  # fmt: skip
     group.versions = list(record.versions)
-    group.have = {name: _bits(spans) for name, spans in record.have.items()}
-    for bits in group.have.values():
-        group.filled |= bits
+    group.have = contents_of(record)
+    group.filled = group.have.with_any(frozenset(record.have))
     gone = group.all
     for lane in partition.lanes:
         progress = group.progress[lane.position]
         progress.done = _bits(record.done.get(lane.name, []))
-        progress.ready = group.complete(lane.spec.columns) & ~progress.done
+        progress.ready = group.have.with_all(lane.columns) & ~progress.done
         gone &= progress.done
     group.gone = gone
     return group
+
+
+def contents_of(record: GroupRecord) -> Contents:
+    """Names with the same rows came together, or might have."""
+    together: dict[int, list[str]] = {}
+    for name, spans in record.have.items():
+        together.setdefault(_bits(spans), []).append(name)
+    return Contents((frozenset(names), rows) for rows, names in together.items())
 
 
 def partition_record(partition: Partition) -> PartitionRecord:

@@ -7,7 +7,8 @@ the form on a socket.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import attrgetter, is_
 
 import numpy as np
 
@@ -49,14 +50,9 @@ class Column:
         return cls(values, offsets)
 
     @classmethod
-    def concatenate(cls, columns: Sequence[Column], out: Array | None = None) -> Column:
-        """A copy of all their rows, with the values in `out` if that is given."""
-        values = np.concatenate([column.values for column in columns], out=out)
-        if len(columns) == 1:
-            return cls(values, columns[0].offsets.copy())
-        offsets = np.zeros(sum(len(column) for column in columns) + 1, dtype=np.int64)
-        np.cumsum(np.concatenate([np.diff(column.offsets) for column in columns]), out=offsets[1:])
-        return cls(values, offsets)
+    def concatenate(cls, columns: Sequence[Column]) -> Column:
+        """A copy of all their rows."""
+        return concatenate({"": columns})[""]
 
     @classmethod
     def empty_rows(cls, num_rows: int, dtype: np.dtype | str) -> Column:
@@ -90,6 +86,34 @@ class Column:
 
     def select(self, indices: Iterable[int]) -> Column:
         return Column.ragged([self[index] for index in indices], self.values.dtype.str)
+
+
+def concatenate(
+    parts: Mapping[str, Sequence[Column]], memory: Callable[[int], Array] | None = None
+) -> dict[str, Column]:
+    """A copy of all rows of each column; where the parts of columns share their offsets, so do the copies. memory: of
+    so many bytes, uint8, for the values."""
+    joined = {}
+    offsets, sources = np.zeros(1, dtype=np.int64), [np.zeros(0)]
+    for name, columns in parts.items():
+        values = [column.values for column in columns]
+        out = memory(sum(map(_nbytes, values))).view(values[0].dtype) if memory is not None else None
+        others, sources = sources, [column.offsets for column in columns]
+        if len(others) != len(sources) or not all(map(is_, others, sources)):
+            offsets = _joined(sources)
+        joined[name] = Column(np.concatenate(values, out=out), offsets)
+    return joined
+
+
+def _joined(offsets: Sequence[Array]) -> Array:
+    if len(offsets) == 1:
+        return offsets[0].copy()
+    found = np.zeros(sum(map(len, offsets)) - len(offsets) + 1, dtype=np.int64)
+    np.cumsum(np.concatenate([np.diff(one) for one in offsets]), out=found[1:])
+    return found
+
+
+_nbytes = attrgetter("nbytes")
 
 
 class Rows:
@@ -127,11 +151,11 @@ class Rows:
     def concatenate(cls, parts: Sequence[Rows]) -> Rows:
         """Joins batches, in order. Of an optional column that a part came without, its rows have length 0."""
         dtypes = {name: column.values.dtype for part in parts for name, column in part.columns.items()}
-        columns = {
-            name: Column.concatenate(
-                [part[name] if name in part else Column.empty_rows(len(part), dtype) for part in parts]
-            )
-            for name, dtype in dtypes.items()
-        }
+        columns = concatenate(
+            {
+                name: [part[name] if name in part else Column.empty_rows(len(part), dtype) for part in parts]
+                for name, dtype in dtypes.items()
+            }
+        )
         keys = [key for part in parts for key in part.keys]
         return cls(keys, columns, [version for part in parts for version in part.versions])

@@ -62,8 +62,9 @@ def save(
         if with_rows and group.filled == group.all
     ]
     columns, buffers = [], []
-    for name in sorted({name for group in groups for name in group.have}):
-        spans = [span for group in groups for span in group.spans(group.have.get(name, 0) & ~group.gone)]
+    for name in sorted({name for group in groups for name, _ in group.have.columns()}):
+        have = frozenset((name,))
+        spans = [span for group in groups for span in group.spans(group.have.with_any(have) & ~group.gone)]
         if spans:
             column = storage.gather(spans, (name,))[name]
             (header,), parts = pack({name: column})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Sequence
 
+from transfer_queue.contents import Contents
 from transfer_queue.rows import RowKey
 from transfer_queue.spans import Span, bits_between, ranges
 
@@ -103,7 +104,7 @@ class Group:
     """One prompt's rows. All of them count by the group's one deadline, that of its oldest token, because an update
     takes whole groups: with a deadline for each row, groups of mixed deadlines could block one another for good.
 
-    have: for each column, the rows that have it. filled: rows with any. gone: rows that no consumer needs any more.
+    have: which rows have which columns. filled: rows with any. gone: rows that no consumer needs any more.
     versions: of each row's oldest token. progress: for each consumer, by its lane's position. claim: the (incarnation,
     update) that holds it, or PENDING while the clock is asked; taker: the client that asked. doom: (end, reason) that
     befell it meanwhile."""
@@ -127,7 +128,7 @@ class Group:
         self.deadline = deadline
         self.row_bytes = row_bytes
         self.born_s = born_s
-        self.have: dict[str, int] = {}
+        self.have = Contents()
         self.filled = 0
         self.gone = 0
         self.versions = [version] * size
@@ -144,16 +145,6 @@ class Group:
         """Rows neither ready nor done for this consumer."""
         progress = self.progress[lane]
         return self.size - (progress.ready | progress.done).bit_count()
-
-    def complete(self, columns: Sequence[str]) -> int:
-        """Rows that have all of these columns."""
-        have = self.have
-        bits = self.all
-        for name in columns:
-            if name not in have:
-                return 0
-            bits &= have[name]
-        return bits
 
     def spans(self, bits: int) -> Iterator[Span]:
         return (Span(self.partition, self.number, self.attempt, first, end) for first, end in ranges(bits))

@@ -16,57 +16,15 @@ import numpy as np
 from transfer_queue import frames, wire
 from transfer_queue.buffers import Buffers
 from transfer_queue.errors import QueueError, RowRefused
-from transfer_queue.heap import Heap, Held
-from transfer_queue.rows import Column
+from transfer_queue.heap import Heap
+from transfer_queue.parcels import GroupId, Parcel, Piece
+from transfer_queue.rows import Column, concatenate
 from transfer_queue.spans import Span, ranges
 from transfer_queue.writer import SegmentWriter, Space, view
 
 COMPACT_BELOW = 0.5
 """Of a parcel's bytes: with less than that live, its rows move."""
 SHARD_WRITER = 0
-
-GroupId = tuple[str, int, int]
-
-
-class Parcel:
-    """columns, where they lie. starts: bytes before each row, and in all. pieces: which rows of which groups it
-    holds."""
-
-    __slots__ = ("columns", "held", "live_bytes", "num_live", "number", "pieces", "places", "starts")
-
-    def __init__(
-        self, number: int, held: Held, places: Sequence[wire.ColumnPlace], columns: Mapping[str, Column]
-    ) -> None:
-        self.number = number
-        self.held = held
-        self.places = {place.name: place for place in places}
-        self.columns = dict(columns)
-        self.starts: list[int] = np.sum(
-            [column.offsets * column.values.itemsize for column in columns.values()], axis=0
-        ).tolist()
-        self.pieces: list[tuple[GroupId, Piece]] = []
-        self.live_bytes = 0
-        self.num_live = 0
-
-    @property
-    def num_bytes(self) -> int:
-        return self.starts[-1]
-
-    def bytes_between(self, first: int, end: int) -> int:
-        return self.starts[end] - self.starts[first]
-
-    def placed(self, names: Sequence[str]) -> wire.Placed:
-        segment, num_rows = self.held.segment, len(self.starts) - 1
-        return wire.Placed(segment.name, segment.generation, num_rows, [self.places[name] for name in names])
-
-
-class Piece(NamedTuple):
-    """Rows `first` to `end` of a group lie in the parcel from `position` on."""
-
-    parcel: Parcel
-    first: int
-    end: int
-    position: int
 
 
 class Shelf:
@@ -201,7 +159,7 @@ class Storage:
                 parcel.held.num_parcels += 1
                 self.num_bytes += parcel.num_bytes
             parcel.pieces.append((group, piece))
-            for start, stop in ranges(live & _bits(piece)):
+            for start, stop in ranges(live & piece.bits):
                 at = position + start - first
                 parcel.num_live += stop - start
                 parcel.live_bytes += parcel.bytes_between(at, at + stop - start)
@@ -229,13 +187,12 @@ class Storage:
     def gather(self, spans: Sequence[Span], names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Column]:
         """A copy of the columns of these rows, in their order. Runs of neighbours are copied as one. Optional columns
         that no row has are left out."""
-        columns = {}
-        for group, runs in self._layouts(spans, names, optional):
-            for name in group:
-                parts = [_part(run, name, self._dtypes[name]) for run in runs]
-                values = self._buffers.take(sum(part.nbytes for part in parts)).view(self._dtypes[name])
-                columns[name] = Column.concatenate(parts, values)
-        return columns
+        parts = {
+            name: [_part(run, name, self._dtypes[name]) for run in runs]
+            for group, runs in self._layouts(spans, names, optional)
+            for name in group
+        }
+        return concatenate(parts, self._buffers.take)
 
     def locate(self, spans: Sequence[Span], names: Sequence[str], optional: Sequence[str] = ()) -> Whereabouts:
         """Where these rows lie, for a reader on this node."""
@@ -326,7 +283,7 @@ class Storage:
             (Span(*group, first, end), piece.position + first - piece.first)
             for group, piece in parcel.pieces
             if group in self._shelves
-            for first, end in ranges(self._shelves[group].live & _bits(piece))
+            for first, end in ranges(self._shelves[group].live & piece.bits)
         ]
         try:
             new = self._write({name: _select(column, left) for name, column in parcel.columns.items()})
@@ -361,17 +318,13 @@ def _of_shelf(shelf: Shelf, span: Span, name: str) -> Iterator[Run]:
 def _shrink(shelf: Shelf, bits: int) -> Iterator[Parcel]:
     """Takes the rows out of the parcels' counts."""
     for piece in shelf.pieces:
-        hit = bits & _bits(piece)
+        hit = bits & piece.bits
         if hit:
             piece.parcel.num_live -= hit.bit_count()
             for first, end in ranges(hit):
                 position = piece.position + first - piece.first
                 piece.parcel.live_bytes -= piece.parcel.bytes_between(position, position + end - first)
             yield piece.parcel
-
-
-def _bits(piece: Piece) -> int:
-    return ((1 << (piece.end - piece.first)) - 1) << piece.first
 
 
 def _select(column: Column, rows: Sequence[tuple[Span, int]]) -> Column:
