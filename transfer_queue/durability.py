@@ -10,6 +10,7 @@ from transfer_queue.errors import WireError
 from transfer_queue.inspection import outstanding
 from transfer_queue.journal import Journal, Past
 from transfer_queue.ledger import Ledger
+from transfer_queue.parcels import Parcel
 from transfer_queue.records import (
     AnyRecord,
     ClockRecord,
@@ -22,7 +23,6 @@ from transfer_queue.records import (
     partition_record,
 )
 from transfer_queue.states import Group
-from transfer_queue.parcels import Parcel
 from transfer_queue.storage import Storage
 from transfer_queue.updates import Updates
 

@@ -55,7 +55,7 @@ def name_of(dtype: np.dtype) -> str:
 
 def offsets_to_send(column: Column) -> Array:
     """None, if every row has one value."""
-    is_scalar = len(column.values) == len(column) and bool((column.offsets == _scalar_offsets(len(column))).all())
+    is_scalar = len(column.values) == len(column) and bool((column.offsets == scalar_offsets(len(column))).all())
     return _NO_OFFSETS if is_scalar else column.offsets
 
 
@@ -70,10 +70,14 @@ def check_put_bytes(num_bytes: int, limit: int) -> None:
         raise RowRefused(f"columns: {num_bytes} bytes in one put; at most max_message_bytes, {limit}")
 
 
+def check_size(num_columns: int, num_rows: int) -> None:
+    if num_columns > MAX_COLUMNS or num_rows > MAX_ROWS:
+        raise WireError(f"{num_columns} columns of {num_rows} rows; at most {MAX_COLUMNS} of {MAX_ROWS}")
+
+
 def unpack(headers: Sequence[ColumnHeader], frames: Sequence[memoryview], num_rows: int) -> dict[str, Column]:
     """The columns as views of the frames, after every check."""
-    if len(headers) > MAX_COLUMNS or num_rows > MAX_ROWS:
-        raise WireError(f"{len(headers)} columns of {num_rows} rows; at most {MAX_COLUMNS} of {MAX_ROWS}")
+    check_size(len(headers), num_rows)
     if len(frames) != sum(1 + header.ragged for header in headers):
         raise WireError(f"{len(frames)} frames for {len(headers)} columns")
     columns: dict[str, Column] = {}
@@ -85,8 +89,8 @@ def unpack(headers: Sequence[ColumnHeader], frames: Sequence[memoryview], num_ro
         values = _array(header.name, next(rest), DTYPES[header.dtype])
         frame = next(rest) if header.ragged else None
         if frame is None or frame is not last or len(values) != last_length:  # or else they have been checked
-            offsets = _array(header.name, frame, OFFSETS) if frame is not None else _scalar_offsets(num_rows)
-            _check_offsets(header.name, offsets, len(values), num_rows)
+            offsets = _array(header.name, frame, OFFSETS) if frame is not None else scalar_offsets(num_rows)
+            check_offsets(header.name, offsets, len(values), num_rows)
         columns[header.name] = Column(values, offsets)
         last, last_length = frame, len(values)
     return columns
@@ -98,13 +102,13 @@ def _array(name: str, frame: memoryview, dtype: np.dtype) -> Array:
     return np.frombuffer(frame, dtype=dtype)
 
 
-def _check_offsets(name: str, offsets: Array, num_values: int, num_rows: int) -> None:
+def check_offsets(name: str, offsets: Array, num_values: int, num_rows: int) -> None:
     spans = len(offsets) == num_rows + 1 and offsets[0] == 0 and offsets[-1] == num_values
     if not spans or (offsets[1:] < offsets[:-1]).any():
         raise WireError(f"column {name!r}: offsets do not describe {num_rows} rows of {num_values} values")
 
 
-def _scalar_offsets(num_rows: int) -> Array:
+def scalar_offsets(num_rows: int) -> Array:
     return np.arange(num_rows + 1, dtype=np.int64)
 
 

@@ -118,22 +118,31 @@ def _aligned(num_bytes: int) -> int:
 
 def view(segment: Segment, places: Sequence[wire.ColumnPlace], num_rows: int) -> dict[str, Column]:
     """The columns where they lie, after every check. Raises WireError or RowRefused."""
-    headers, parts = [], []
-    offsets: dict[int, memoryview] = {}
+    frames.check_size(len(places), num_rows)
+    columns: dict[str, Column] = {}
+    checked: dict[tuple[int, int], Array] = {}
     for place in places:
         if place.dtype not in frames.DTYPES:
             raise RowRefused(f"columns: {place.name!r} is {place.dtype}; what travels is {', '.join(frames.DTYPES)}")
-        num_bytes = place.num_values * frames.DTYPES[place.dtype].itemsize
-        headers.append(wire.ColumnHeader(place.name, place.dtype, bool(place.offsets_at)))
-        parts.append(_slice(segment, place, place.values_at, num_bytes))
-        if place.offsets_at:
-            if place.offsets_at not in offsets:
-                offsets[place.offsets_at] = _slice(segment, place, place.offsets_at, 8 * (num_rows + 1))
-            parts.append(offsets[place.offsets_at])
-    return frames.unpack(headers, parts, num_rows)
+        if place.name in columns:
+            raise WireError(f"column {place.name!r}: twice there")
+        values = _array(segment, place, place.values_at, place.num_values, frames.DTYPES[place.dtype])
+        shape = (place.offsets_at, place.num_values)
+        if shape not in checked:
+            given = place.offsets_at != 0
+            offsets = (
+                _array(segment, place, place.offsets_at, num_rows + 1, frames.OFFSETS)
+                if given
+                else frames.scalar_offsets(num_rows)
+            )
+            frames.check_offsets(place.name, offsets, place.num_values, num_rows)
+            checked[shape] = offsets
+        columns[place.name] = Column(values, checked[shape])
+    return columns
 
 
-def _slice(segment: Segment, place: wire.ColumnPlace, at: int, num_bytes: int) -> memoryview:
-    if not (at >= HEADER_BYTES and num_bytes >= 0 and at + num_bytes <= segment.capacity) or at % _ALIGNMENT:
-        raise WireError(f"column {place.name!r}: {num_bytes} bytes at {at} are not in segment {segment.name!r}")
-    return segment.bytes[at : at + num_bytes].data
+def _array(segment: Segment, place: wire.ColumnPlace, at: int, count: int, dtype: np.dtype) -> Array:
+    end = at + count * dtype.itemsize
+    if not (count >= 0 and at >= HEADER_BYTES and end <= segment.capacity) or at % _ALIGNMENT:
+        raise WireError(f"column {place.name!r}: bytes {at} to {end} are not in segment {segment.name!r}")
+    return segment.bytes[at:end].view(dtype)
