@@ -1,6 +1,6 @@
 """The segments that a shard knows: how many parcels each holds, and when it may be filled again.
 
-    in use -> idle (no parcel in it) -> told to its writer -> in use
+    in use -> idle (no parcel in it) -> told to its writer (once nothing of it is still being sent) -> in use
                                         or removed, beyond IDLE_BYTES a writer
 
 An idle segment's generation is raised at once, so a reader that is still copying out of it will notice. The segment of
@@ -133,12 +133,12 @@ class Heap:
         writer = self._writers.get(number)
         if writer is None or not (writer.untold or writer.removed):
             return []
-        news = writer.removed
-        for name, held in writer.untold.items():
-            writer.offered[name] = held.segment.capacity
-            news.append(wire.Recycled(name, held.puts, False))
-        writer.removed = []
-        writer.untold = {}
+        news, writer.removed = writer.removed, []
+        for name, held in list(writer.untold.items()):
+            if not held.segment.is_lent:
+                writer.offered[name] = held.segment.capacity
+                news.append(wire.Recycled(name, held.puts, False))
+                del writer.untold[name]
         return news
 
     def close(self) -> None:

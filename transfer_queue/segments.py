@@ -20,6 +20,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ _LOCK, _TOKEN = "owner", "token"
 class Segment:
     """`bytes`: uint8 (capacity,), header included. It lives as long as somebody holds an array on it."""
 
-    __slots__ = ("_generation", "bytes", "capacity", "memory", "name")
+    __slots__ = ("_generation", "_lent", "bytes", "capacity", "memory", "name")
 
     def __init__(self, name: str, memory: mmap.mmap, capacity: int) -> None:
         self.name = name
@@ -42,6 +43,19 @@ class Segment:
         self.capacity = capacity
         self.bytes = np.frombuffer(memory, np.uint8, capacity)
         self._generation = self.bytes[:8].view("<u8")
+        self._lent: list[weakref.ref[memoryview]] = []
+
+    def lend(self, array: np.ndarray) -> np.ndarray:
+        """An array on the same bytes of this segment. Until it and all that is made of it are gone, the segment is
+        lent, and must not be written to."""
+        view = memoryview(array)
+        self._lent.append(weakref.ref(view))
+        return np.frombuffer(view, array.dtype)
+
+    @property
+    def is_lent(self) -> bool:
+        self._lent = [view for view in self._lent if view() is not None]
+        return bool(self._lent)
 
     @property
     def generation(self) -> int:

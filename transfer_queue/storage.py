@@ -25,6 +25,8 @@ from transfer_queue.writer import SegmentWriter, Space, view
 COMPACT_BELOW = 0.5
 """Of a parcel's bytes: with less than that live, its rows move."""
 SHARD_WRITER = 0
+LENT_BYTES = 64 << 10
+"""Smaller columns are copied on their way in any case."""
 
 
 class Shelf:
@@ -185,14 +187,18 @@ class Storage:
         return True
 
     def gather(self, spans: Sequence[Span], names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Column]:
-        """A copy of the columns of these rows, in their order. Runs of neighbours are copied as one. Optional columns
-        that no row has are left out."""
-        parts = {
-            name: [_part(run, name, self._dtypes[name]) for run in runs]
-            for group, runs in self._layouts(spans, names, optional)
-            for name in group
-        }
-        return concatenate(parts, self._buffers.take)
+        """The columns of these rows, in their order, to be sent. Runs of neighbours are copied as one; where there is
+        but one and it is large, it is lent instead. Optional columns that no row has are left out."""
+        lent: dict[str, Column] = {}
+        parts: dict[str, list[Column]] = {}
+        for group, runs in self._layouts(spans, names, optional):
+            for name in group:
+                found = [_part(run, name, self._dtypes[name]) for run in runs]
+                if len(found) == 1 and runs[0].parcel is not None and found[0].nbytes >= LENT_BYTES:
+                    lent[name] = Column(runs[0].parcel.held.segment.lend(found[0].values), found[0].offsets.copy())
+                else:
+                    parts[name] = found
+        return {**lent, **concatenate(parts, self._buffers.take)}
 
     def locate(self, spans: Sequence[Span], names: Sequence[str], optional: Sequence[str] = ()) -> Whereabouts:
         """Where these rows lie, for a reader on this node."""
