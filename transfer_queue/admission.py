@@ -152,6 +152,8 @@ def _rows(plan: Sequence[Arrival], bits_of: Callable[[Arrival], int]) -> list[tu
 
 
 def _unwanted(plan: Sequence[Arrival]) -> list[int]:
+    if all(arrival.span.bits == arrival.fresh for arrival in plan):
+        return []
     rows = _rows(plan, lambda arrival: arrival.span.bits & ~(arrival.fresh | arrival.repeated))
     return [start + offset for span, start in rows for offset in range(len(span))]
 

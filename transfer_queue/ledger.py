@@ -136,24 +136,24 @@ class Ledger:
         """Sorts the rows and refuses what must be refused; changes nothing."""
         self.check_columns(columns)
         names = self._names.of(columns)
-        plan = []
-        seen: dict[tuple[str, int, int], int] = {}
-        position = 0
+        plan, seen, end = [], Counter[Group](), 0
         for span in spans:
             group = self.partition(span.partition).find(span)
-            bits = span.bits & ~group.gone if group is not None else 0
-            some = group.have.with_any(names) & bits if group is not None and bits else 0
-            every = group.have.with_all(names) & bits if group is not None and some else 0
+            position, end = end, end + len(span)
+            if group is None:
+                plan.append(Arrival(span, position, None, 0, 0))
+                continue
+            bits = span.bits & ~group.gone
+            some = group.have.with_any(names) & bits
+            every = group.have.with_all(names) & bits if some else 0
             if some != every:
                 raise RowRefused(f"{span}: some of {list(columns)} are there already; a put adds columns, all or none")
+            if seen[group] & span.bits:
+                raise RowRefused("keys: the same row twice in one put")
+            seen[group] |= span.bits
             fresh = bits & ~some
-            if group is not None:
-                if seen.get(group.identity, 0) & span.bits:
-                    raise RowRefused("keys: the same row twice in one put")
-                seen[group.identity] = seen.get(group.identity, 0) | span.bits
-                _check_versions(group, span, fresh, versions[position : position + len(span)])
+            _check_versions(group, span, fresh, versions[position:end])
             plan.append(Arrival(span, position, group, fresh, every))
-            position += len(span)
         return plan
 
     def put(

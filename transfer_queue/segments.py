@@ -43,14 +43,15 @@ class Segment:
         self.capacity = capacity
         self.bytes = np.frombuffer(memory, np.uint8, capacity)
         self._generation = self.bytes[:8].view("<u8")
-        self._lent: list[weakref.ref[memoryview]] = []
+        self._lent: list[weakref.ref[np.ndarray]] = []
 
     def lend(self, array: np.ndarray) -> np.ndarray:
         """An array on the same bytes of this segment. Until it and all that is made of it are gone, the segment is
         lent, and must not be written to."""
-        view = memoryview(array)
-        self._lent.append(weakref.ref(view))
-        return np.frombuffer(view, array.dtype)
+        # Of a memoryview: what is made of a plain view of the segment would refer to that, and not to the view.
+        lent = np.frombuffer(array.data, array.dtype)
+        self._lent.append(weakref.ref(lent))
+        return lent
 
     @property
     def is_lent(self) -> bool:

@@ -75,8 +75,8 @@ class Shard:
         is_moving = True
         while is_moving:
             is_moving = False
-            core.free()
             self._lateness.follow()
+            core.free()
             for waiter in core.waiters:
                 if not waiter.asking and waiter in core.waiters and waiter.seen != core.world_of(waiter):
                     is_moving = True

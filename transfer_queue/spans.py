@@ -6,11 +6,14 @@ A group's rows mostly do things together, so neither the wire nor the ledger goe
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import msgspec
 
 MAX_GROUP_ROWS = 1 << 20
+KNOWN_BITS = 512
+"""Groups are mostly of a few sizes, and their rows mostly do things together: the same questions come again."""
 
 
 class RowKey(msgspec.Struct, frozen=True, array_like=True, order=True):
@@ -116,20 +119,24 @@ def keys_of(spans: Sequence[Span]) -> list[RowKey]:
     return [key for span in spans for key in span.keys]
 
 
+@lru_cache(KNOWN_BITS)
 def bits_between(first: int, end: int) -> int:
     return ((1 << (end - first)) - 1) << first
 
 
-def ranges(bits: int) -> Iterator[tuple[int, int]]:
+@lru_cache(KNOWN_BITS)
+def ranges(bits: int) -> tuple[tuple[int, int], ...]:
     """(first, end) of each run of ones, lowest first."""
+    found = []
     at = 0
     while bits:
         skip = (bits & -bits).bit_length() - 1
         bits >>= skip
         length = (~bits & (bits + 1)).bit_length() - 1
-        yield at + skip, at + skip + length
+        found.append((at + skip, at + skip + length))
         bits >>= length
         at += skip + length
+    return tuple(found)
 
 
 def lowest(bits: int, count: int) -> int:

@@ -90,6 +90,8 @@ class Progress:
         self._settle(bits)
 
     def _settle(self, bits: int) -> None:
+        if not self.lent:
+            return
         for lease, held in list(self.lent.items()):
             if held & bits:
                 left = held & ~bits
@@ -153,6 +155,8 @@ class Group:
         return (key for span in self.spans(bits) for key in span.keys)
 
     def versions_of(self, bits: int) -> list[int]:
+        if bits == self.all:
+            return self.versions
         return [version for first, end in ranges(bits) for version in self.versions[first:end]]
 
     def finish(self, lane: int, bits: int) -> int:

@@ -407,3 +407,14 @@ def test_these_histories_were_long_enough() -> None:
     if not requests:
         pytest.skip("the histories were not part of this selection")
     assert requests["in all"] >= LEAST_REQUESTS * TIMES, f"{requests} requests; more examples are needed"
+
+
+def test_memory_of_what_a_surplus_leaves_over_is_free_at_once() -> None:
+    """A history that once ended with bytes of dropped rows still there."""
+    history = Histories()
+    history.start(max_staleness=1, late="wait", order="deadline", surplus=6)
+    history.live_a_while(seed=100)
+    history.put(age=0, pick=0, rows=(0, 1))
+    history.park_train(ahead=0, at=0, max_rows=2)
+    history.every_update_has_room_for_what_is_due()
+    history.memory_is_what_the_rows_need()
