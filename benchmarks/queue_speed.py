@@ -42,7 +42,7 @@ from transfer_queue import (
 )
 from transfer_queue.spans import Span
 
-ROWS, LENGTH, BATCHES = 256, 1024, 120
+ROWS, LENGTH, BATCHES = 256, 1024, 400
 GROUP_SIZE = 8
 ROW_BYTES = LENGTH * (8 + 4 + 8)
 FAR = 10**9

@@ -10,8 +10,8 @@ byte that the trainer writes or sends to the server's answer that it has loaded 
   tensor       one flattened bucket, pickled with its memory shared, then `update_weights_from_tensor`
   distributed  `update_weights_from_distributed`: one flattened bucket broadcast over gloo; the group is made before
 
-After each the server's embedding must be that of the version sent. `sglang_updates_sender.py` sends the last two, in
-SGLang's own environment.
+After each the server's next token must have the log-prob that the version sent gives it. `sglang_updates_sender.py`
+sends the last two, in SGLang's own environment.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def from_disk(url: str, model: Qwen3ForCausalLM, start: Path, folder: Path, roun
     """A file for each version, as a new one is written while engines still read the last."""
     seconds = []
     for number in range(rounds + 1):
-        value = change(model, number)
+        change(model, number)
         version = folder / f"v{number}"
         version.mkdir()
         (version / "config.json").symlink_to(start / "config.json")
@@ -116,18 +116,18 @@ def from_disk(url: str, model: Qwen3ForCausalLM, start: Path, folder: Path, roun
         save_file(model.state_dict(), version / "model.safetensors")
         post(url, "update_weights_from_disk", {"model_path": str(version), "flush_cache": False})
         seconds.append(time.perf_counter() - began)
-        check(url, value)
+        check(url, model)
         if number:
             (folder / f"v{number - 1}" / "model.safetensors").unlink()
     return seconds[1:]
 
 
 @torch.no_grad()
-def change(model: Qwen3ForCausalLM, number: int) -> float:
-    """The embedding becomes one number, by which the server is asked for it."""
-    value = number + 0.5
-    model.model.embed_tokens.weight.fill_(value)
-    return value
+def change(model: Qwen3ForCausalLM, number: int) -> None:
+    torch.manual_seed(number)
+    for name, parameter in model.named_parameters():
+        if name.endswith("proj.weight"):
+            parameter.normal_(std=0.05)
 
 
 if __name__ == "__main__":

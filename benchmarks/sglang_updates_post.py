@@ -1,10 +1,14 @@
-"""How `sglang_updates.py` and its sender speak to the server: nothing beyond the standard library."""
+"""How `sglang_updates.py` and its sender speak to the server, each in its own environment."""
 
 from __future__ import annotations
 
 import json
 import urllib.request
 from typing import Any
+
+import torch
+
+PROMPT = [5, 17, 3, 250, 99, 12]
 
 
 def post(url: str, call: str, body: dict[str, Any]) -> Any:
@@ -18,12 +22,15 @@ def post(url: str, call: str, body: dict[str, Any]) -> Any:
     return said
 
 
-def check(url: str, value: float) -> None:
-    found = post(url, "get_weights_by_name", {"name": "model.embed_tokens.weight", "truncate_size": 4})
-    rows = found[0] if isinstance(found[0], list) else found
-    if any(abs(one - value) > 1e-6 for one in _flat(rows)[:4]):
-        raise SystemExit(f"sglang_updates: the server has {rows}, not {value}")
-
-
-def _flat(values: Any) -> list[float]:
-    return [one for value in values for one in _flat(value)] if isinstance(values, list) else [values]
+def check(url: str, model: Any) -> None:
+    """The server's most likely next token, and its log-prob, are those of the Hugging Face model."""
+    body = {
+        "input_ids": PROMPT,
+        "sampling_params": {"temperature": 0.0, "max_new_tokens": 1, "ignore_eos": True},
+        "return_logprob": True,
+    }
+    ((found, token, _),) = post(url, "generate", body)["meta_info"]["output_token_logprobs"]
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([PROMPT])).logits[0, -1].float().log_softmax(-1)
+    if abs(expected[token].item() - found) > 1e-3 or expected.max().item() - found > 1e-3:
+        raise SystemExit(f"sglang_updates: the server gives {found} to token {token}, the model {expected[token]:.5f}")
