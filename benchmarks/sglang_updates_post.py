@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import urllib.request
 from typing import Any
 
 import torch
-
-PROMPT = [5, 17, 3, 250, 99, 12]
 
 
 def post(url: str, call: str, body: dict[str, Any]) -> Any:
@@ -23,14 +22,16 @@ def post(url: str, call: str, body: dict[str, Any]) -> Any:
 
 
 def check(url: str, model: Any) -> None:
-    """The server's most likely next token, and its log-prob, are those of the Hugging Face model."""
+    """The server's most likely next token, and its log-prob, are those of the Hugging Face model. The prompt is a new
+    one each time: what the server remembers of an old one is of other weights."""
+    prompt = random.SystemRandom().choices(range(1000), k=12)
     body = {
-        "input_ids": PROMPT,
+        "input_ids": prompt,
         "sampling_params": {"temperature": 0.0, "max_new_tokens": 1, "ignore_eos": True},
         "return_logprob": True,
     }
     ((found, token, _),) = post(url, "generate", body)["meta_info"]["output_token_logprobs"]
     with torch.no_grad():
-        expected = model(input_ids=torch.tensor([PROMPT])).logits[0, -1].float().log_softmax(-1)
+        expected = model(input_ids=torch.tensor([prompt])).logits[0, -1].float().log_softmax(-1)
     if abs(expected[token].item() - found) > 1e-3 or expected.max().item() - found > 1e-3:
         raise SystemExit(f"sglang_updates: the server gives {found} to token {token}, the model {expected[token]:.5f}")
