@@ -38,7 +38,7 @@ from flowrl.rollout.sglang.server import ServerProcess
 
 WIDTHS = {10: (256, 10), 100: (768, 12)}  # millions of parameters -> hidden size, layers
 GLOO = {"GLOO_SOCKET_IFNAME": "lo"}
-LIMIT_S = 90
+LIMIT_S = 240
 SENDER = Path(__file__).with_name("sglang_updates_sender.py")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import urllib.error
 import urllib.request
 from typing import Any
 
@@ -14,8 +15,11 @@ def post(url: str, call: str, body: dict[str, Any]) -> Any:
     request = urllib.request.Request(
         f"{url}/{call}", json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
     )
-    with urllib.request.urlopen(request, timeout=300) as answer:
-        said = json.loads(answer.read())
+    try:
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            said = json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        raise SystemExit(f"sglang_updates: {call}: {error.code} {error.read()[:300]!r}") from error
     if isinstance(said, dict) and said.get("success") is False:
         raise SystemExit(f"sglang_updates: {call}: {said}")
     return said

@@ -30,7 +30,9 @@ def main() -> None:
     for _ in range(rounds + 1):
         tensors["lm_head.weight"].copy_(tensors["lm_head.weight"].roll(1, 0))
         began = time.perf_counter()
+        post(url, "begin_weight_update", {})
         send(url, tensors)
+        post(url, "end_weight_update", {})
         seconds.append(time.perf_counter() - began)
         check(url, model)
     print(json.dumps(round(1e3 * statistics.median(seconds[1:]), 1)), flush=True)
