@@ -22,8 +22,8 @@ from flowrl.rollout.embedded.waiting import Chunk
 Array = np.ndarray
 Forward = Callable[[Tensor, Tensor, Step], Tensor]
 
-# Reading how many keys more costs about as much as one more call of attention, by device type.
-_CALL_KEYS = {"cpu": 1 << 10, "cuda": 1 << 18}
+# Reading how many keys more costs about as much as one more call of attention: on a CPU, on anything else.
+_CALL_KEYS_CPU, _CALL_KEYS = 1 << 10, 1 << 18
 
 
 class Runner:
@@ -31,6 +31,7 @@ class Runner:
         """`prefill_tokens`: prompt tokens a step at most. A step begins no more prompts than there are free slots."""
         self._forward: Forward = DenseForward(model) if is_dense(model) else partial(_call, model)
         self._device = model.device
+        self._call_keys = _CALL_KEYS_CPU if model.device.type == "cpu" else _CALL_KEYS
         self._decode_kv = KVCache(max_slots, max_model_tokens)
         self._prefill_kv = KVCache(min(prefill_tokens, max_slots) + 1, max_model_tokens)
 
@@ -77,7 +78,7 @@ class Runner:
             positions_T=positions,
             spans=tuple(
                 DecodeSpan(start, stop, Visibility(positions[start:stop, None], context))
-                for start, stop, context in spans(positions_N, _CALL_KEYS[self._device.type])
+                for start, stop, context in spans(positions_N, self._call_keys)
             ),
             chunks=tuple(self._pad([chunks[i] for i in bucket], starts[bucket]) for bucket in buckets),
         )
