@@ -113,8 +113,10 @@ class Run:
                     match = re.search(r"-m controllers\.worker (\S+)", line)
                     if match:
                         found[match.group(1)] = child.pid
-                    elif re.search(r"-m flowrl run|/flowrl/__main__\.py run", line) and "torch.distributed" not in line:
-                        found[f"controller.{child.environ()['RANK']}"] = child.pid
+                    elif self.nodes > 1 and re.search(r"-m flowrl run|/flowrl/__main__\.py run", line):
+                        # A child of a controller looks like it until it has become what it is to be.
+                        if "torch.distributed" not in line and "RANK" in child.environ():
+                            found.setdefault(f"controller.{child.environ()['RANK']}", child.pid)
         return found
 
     def lives(self) -> int:
