@@ -114,9 +114,10 @@ class Run:
                     if match:
                         found[match.group(1)] = child.pid
                     elif self.nodes > 1 and re.search(r"-m flowrl run|/flowrl/__main__\.py run", line):
-                        # A child of a controller looks like it until it has become what it is to be.
-                        if "torch.distributed" not in line and "RANK" in child.environ():
-                            found.setdefault(f"controller.{child.environ()['RANK']}", child.pid)
+                        rank = child.environ().get("RANK")  # torchrun itself has none
+                        if rank is not None:
+                            # A child of a controller looks like it until it has become what it is to be.
+                            found.setdefault(f"controller.{rank}", child.pid)
         return found
 
     def lives(self) -> int:
