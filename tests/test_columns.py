@@ -24,7 +24,7 @@ VARIANTS = (
     ("algorithm.name=remax",),
     ("rollout.engine=sglang", "rollout.routed_experts=true"),
     ("algorithm.name=gdpo", "algorithm.advantage_settings.weights={score: 1.0}"),
-    ("reward.name=episode", "rollout.episode=mine.py:scored", "warm_start=null"),
+    ("reward.name=episode", f"rollout.episode={__file__}:QUICKSTART", "warm_start=null"),
 )
 
 

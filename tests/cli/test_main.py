@@ -67,8 +67,8 @@ def test_a_circle_of_stages_is_refused_by_name() -> None:
     done = flowrl(
         "run",
         QUICKSTART,
-        "stages.a={run: 'm:A', reads: [y], writes: [x]}",
-        "stages.b={run: 'm:B', reads: [x], writes: [y]}",
+        "stages.a={run: 'json:dumps', reads: [y], writes: [x]}",
+        "stages.b={run: 'json:loads', reads: [x], writes: [y]}",
     )
     assert done.returncode == 2
     assert "a -> b" in done.stderr or "b -> a" in done.stderr
