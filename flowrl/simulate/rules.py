@@ -11,8 +11,7 @@ class AdmissionOnly(Accounts):
 
     def admissible(self, deadline: int, rows: int) -> bool:
         ahead = sum(self.outstanding.values()) + self.filled
-        is_due = deadline >= self.version  # or the engine would sample with weights of an update that is over
-        return not self.awaited_shards and is_due and ahead + rows <= (self.max_staleness + 1) * self.batch_rows
+        return not self.awaited_shards and ahead + rows <= (self.max_staleness + 1) * self.batch_rows
 
     def blocked_at(self, deadline: int, rows: int) -> int | None:
         return None
