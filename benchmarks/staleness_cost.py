@@ -60,6 +60,8 @@ def cases(sigma: float, seeds: int, updates: int) -> Iterator[tuple[int | None, 
         for late in ("wait", "drop") if bound else ("wait",):
             bounded = dataclasses.replace(free, max_staleness=bound, late=late)
             yield bound, late, [simulate(dataclasses.replace(bounded, seed=seed)) for seed in range(seeds)]
+        if not bound:
+            continue  # a gate at admission with a bound of 0 is the synchronous run
         gated = dataclasses.replace(free, max_staleness=bound, order="arrival")
         accounts = [AdmissionOnly(gated.batch_rows, bound) for _ in range(seeds)]
         yield (
