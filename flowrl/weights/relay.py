@@ -318,11 +318,12 @@ class Relay:
     # Links.
 
     def _connect(self, node: int, endpoint: str) -> None:
-        """A relay that has been started anew has another endpoint."""
+        """A relay that has been started anew has another endpoint, and knows nothing of what it was asked before."""
         if node == self._node:
             return
-        if node in self._peers:
-            self._peers.pop(node).close(0)
+        known = self._peers.pop(node, None)
+        if known is not None:
+            known.close(0)
         peer = self._context.socket(zmq.DEALER)
         peer.setsockopt(zmq.LINGER, _LINGER_MS)
         peer.setsockopt(zmq.IDENTITY, str(self._node).encode())
@@ -330,6 +331,19 @@ class Relay:
             secure_client(peer, self._secret)
         peer.connect(endpoint)
         self._peers[node] = peer
+        if known is not None and self._holdings is not None and node in self._holdings.ranges:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """What is under way, if anything; the newest version is begun in its place, or the same again."""
+        if self._opening is not None:
+            version, self._opening = self._opening[0], None
+            self._tell_done(version)
+        elif self._transfer is not None:
+            assert self._pool is not None and self._buffer is not None, "a transfer has a buffer"
+            self._pool.abandon(self._buffer)
+            version, self._transfer, self._buffer = self._transfer.version, None, None
+            self._tell_done(version)
 
     def _hold(self, holdings: Holdings) -> None:
         self._holdings = holdings

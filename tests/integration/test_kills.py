@@ -90,7 +90,7 @@ def test_engine_stages_and_evaluation_come_back_and_the_run_ends_well(tmp_path: 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
 def test_relays_come_back_and_weights_cross_nodes_again(tmp_path: Path, signum: signal.Signals) -> None:
     run = tmp_path / "runs" / "hurt"
-    steps = 24
+    steps = 100
     arguments = command(
         tmp_path, "hurt", f"train.steps={steps}", f"run.heartbeat_s={HEARTBEAT_S}", nodes=2
     )  # fmt: skip
@@ -106,7 +106,7 @@ def test_relays_come_back_and_weights_cross_nodes_again(tmp_path: Path, signum: 
     for event in events_so_far(run / "events.jsonl"):
         if event["kind"] == "dispatched":
             newest[event["node"]] = max(newest[event["node"]], event["version"])
-    assert min(newest.values()) > steps - 8, newest
+    assert min(newest.values()) > 0.7 * steps, newest
     assert leftovers(tmp_path) == []
 
 
