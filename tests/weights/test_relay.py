@@ -11,13 +11,15 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+import zmq
 
 from flowrl.weights import relay as relay_module
 from flowrl.weights import transfer as transfer_module
 from flowrl.weights.delta import Encoding, decode, digest, encode
 from flowrl.weights.pool import BufferPool
 from flowrl.weights.relay import Relay
-from flowrl.weights.relay_wire import NO_BASE, Given
+from flowrl.weights.relay_wire import NO_BASE, Given, Opened
+from flowrl.weights.relay_wire import encode as wire
 from flowrl.weights.slices import Holdings, Slice, giver
 from flowrl.weights.store import WeightStore, reading
 from flowrl.weights.tensorfile import WEIGHTS_FILE
@@ -166,6 +168,32 @@ def test_a_node_that_is_told_last_answers_when_it_has_been_told(tmp_path: Path) 
         nodes[1].relay.hold(WHOLE)
         wait_for(nodes[1:], 0)
         assert [node.read(0) for node in nodes[1:]] == [data.tobytes()] * 2
+
+
+@pytest.mark.parametrize("opens", [False, True])
+def test_a_node_does_not_wait_for_a_relay_that_was_started_anew(tmp_path: Path, opens: bool) -> None:
+    """Killed before it has opened a version, or after; its successor has another endpoint and knows of neither."""
+    router = zmq.Context.instance().socket(zmq.ROUTER)
+    router.setsockopt(zmq.LINGER, 0)
+    router.bind(f"ipc://{tmp_path}/killed")
+    try:
+        with cluster(tmp_path, WHOLE, 2) as nodes:
+            nodes[1].relay.connect(0, f"ipc://{tmp_path}/killed")
+            data = random_bytes()
+            time.sleep(0.1)  # until then node 1 speaks with the successor already
+            publish(nodes, 0, data)
+            assert router.poll(10_000), "node 1 asks the one that is about to be killed"
+            identity, _ = router.recv_multipart()
+            if opens:
+                router.send_multipart([identity, wire(Opened(0, True))])
+                assert router.poll(10_000), "and then for slices"
+            started = time.monotonic()
+            nodes[1].relay.connect(0, nodes[0].relay.endpoint)
+            wait_for(nodes[1:], 0)
+            assert nodes[1].read(0) == data.tobytes()
+            assert time.monotonic() - started < 20, "a node that is silent is given up on after 60 s"
+    finally:
+        router.close()
 
 
 def test_what_lies_beside_a_version_arrives_with_it(tmp_path: Path) -> None:
