@@ -1,4 +1,4 @@
-"""The part of the trainer's benchmark that needs a GPU: a Qwen3-0.6B-shaped model, bfloat16, packs of 4,096 tokens."""
+"""The part of the trainer's benchmark that needs a GPU: a Qwen3-0.6B-shaped model, bfloat16, packs of several sizes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from flowrl.trainer.update import PolicyTrainer
 from flowrl.trainer.world import join
 from transfer_queue.rows import RowKey
 
-PACK_TOKENS = 4096
-NUM_PACKS = 16
+PACKS = ((4096, False), (4096, True), (16_384, False), (32_768, False))  # tokens, whether activations are recomputed
+STEP_TOKENS = 65_536
 PROMPT_TOKENS, RESPONSE_TOKENS = 128, 896
 STEPS = 5
 
@@ -56,10 +56,12 @@ def make_samples(config: Qwen3Config, rows: int) -> list[Sample]:
     ]
 
 
-def measure(model: Path, meeting: Path, samples: list[Sample], *, recompute: bool) -> tuple[list[float], int, float]:
+def measure(
+    model: Path, meeting: Path, samples: list[Sample], pack_tokens: int, *, recompute: bool
+) -> tuple[list[float], int, float]:
     """(seconds of each timed step, bytes at the peak, floating-point operations of the model)."""
     train = TrainConfig(
-        learning_rate=1e-6, warmup_steps=0, micro_batch_tokens=PACK_TOKENS, compute_dtype="bfloat16",
+        learning_rate=1e-6, warmup_steps=0, micro_batch_tokens=pack_tokens, compute_dtype="bfloat16",
         activation_checkpointing=recompute,
     )  # fmt: skip
     with join(rank=0, world_size=1, file=meeting, device="cuda:0") as world:
@@ -82,31 +84,31 @@ def report_gpu() -> list[str]:
     if not torch.cuda.is_available():
         raise SystemExit("--gpu: torch sees no CUDA device here; nothing measured")
     config, name = qwen3_600m(), torch.cuda.get_device_name(0)
-    samples = make_samples(config, NUM_PACKS * PACK_TOKENS // (PROMPT_TOKENS + RESPONSE_TOKENS - 1))
+    samples = make_samples(config, STEP_TOKENS // (PROMPT_TOKENS + RESPONSE_TOKENS - 1))
     num_tokens = len(samples) * (PROMPT_TOKENS + RESPONSE_TOKENS)
     peak = peak_flops(torch.device("cuda"))
     lines = [
         f"{name}, torch {torch.__version__}: Qwen3-0.6B-shaped, random weights, bfloat16 compute, float32 masters, "
-        f"packs of {PACK_TOKENS} tokens, {len(samples)} rows of {PROMPT_TOKENS} + {RESPONSE_TOKENS} tokens a step, "
+        f"{len(samples)} rows of {PROMPT_TOKENS} + {RESPONSE_TOKENS} tokens a step, "
         f"median of {STEPS} steps. "
         + (
             f"MFU against {peak / 1e12:.0f} TFLOP/s dense." if peak else "MFU: the peak of this card is not known here."
         ),
         "",
-        "| activations | step | tokens/s | model TFLOP/s | MFU | peak memory |",
-        "|---|---|---|---|---|---|",
+        "| tokens a pack | activations | step | tokens/s | model TFLOP/s | MFU | peak memory |",
+        "|---|---|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         Qwen3ForCausalLM(config).save_pretrained(Path(folder) / "model")
-        for recompute in (False, True):
-            seconds, memory, flops = measure(
-                Path(folder) / "model", Path(folder) / f"world-{recompute}", samples, recompute=recompute
-            )
+        for pack_tokens, recompute in PACKS:
+            meeting = Path(folder) / f"world-{pack_tokens}-{recompute}"
+            seconds, memory, flops = measure(Path(folder) / "model", meeting, samples, pack_tokens, recompute=recompute)
             step = statistics.median(seconds)
             use = f"{flops / step / peak:.1%}" if peak else "—"
             lines.append(
-                f"| {'recomputed' if recompute else 'kept'} | {step:.3f} s | {num_tokens / step:,.0f} | "
+                f"| {pack_tokens:,} | {'recomputed' if recompute else 'kept'} | {step:.3f} s | "
+                f"{num_tokens / step:,.0f} | "
                 f"{flops / step / 1e12:.0f} | {use} | {memory / 1e9:.1f} GB |"
             )
     return lines
