@@ -63,7 +63,7 @@ def test_a_group_of_several_turns_outlives_updates_with_each_tokens_own_version_
         "reward.name=episode", f"rollout.in_flight={mode.value}", "rollout.turn_tokens=96", num_rows=1,
     )  # fmt: skip
     runner = EpisodeRunner(recipe)
-    inner = EmbeddedEngine(max_batch=GROUP_SIZE, max_model_tokens=1024, threads=1)
+    inner = EmbeddedEngine(max_batch=GROUP_SIZE + 1, max_model_tokens=1024, threads=1)
     engine = runner.serving(inner)
     [(request, example)] = requests_of(recipe, runner)
     group: dict[int, Trajectory] = {}
@@ -74,9 +74,11 @@ def test_a_group_of_several_turns_outlives_updates_with_each_tokens_own_version_
         return await runner.run(engine, mine, example)
 
     async def updates() -> None:
+        pilot = GenerateRequest(request_id="pilot", tokens=(3, 4), sampling=SamplingParams(max_tokens=8))
+        await engine.generate(pilot)  # when it ends the others have begun
         for version in range(1, UPDATES + 1):
-            await asyncio.sleep(0.08)
             await engine.load_weights(paths[version % 2], version, mode)
+            await asyncio.sleep(0.04)
 
     async def play() -> Any:
         await engine.start(paths[0], 0)
