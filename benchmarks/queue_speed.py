@@ -43,6 +43,8 @@ from transfer_queue import (
 from transfer_queue.spans import Span
 
 ROWS, LENGTH, BATCHES = 256, 1024, 400
+HELD_BATCHES = 12
+"""End to end, the most that the queue and the broker hold before they keep the producer waiting."""
 GROUP_SIZE = 8
 ROW_BYTES = LENGTH * (8 + 4 + 8)
 FAR = 10**9
@@ -67,11 +69,13 @@ def columns(rows: int = ROWS, length: int = LENGTH) -> Columns:
 # Processes
 
 
-def serve(names: tuple[str, ...], endpoint: str, ready: Any, shards: int = 1, index: int = 0) -> None:
+def serve(
+    names: tuple[str, ...], endpoint: str, ready: Any, shards: int = 1, index: int = 0, byte_limit: int = 2 << 30
+) -> None:
     """A shard of ours, until it is killed or its parent ends."""
     consumers = {"train": ConsumerSpec(columns=names)}
     config = QueueConfig(
-        endpoint=endpoint, consumers=consumers, byte_limit=2 << 30, first_group=index, group_stride=shards
+        endpoint=endpoint, consumers=consumers, byte_limit=byte_limit, first_group=index, group_stride=shards
     )
     server = QueueServer(config, LocalClock(Accounts(1, FAR)))
     ready.send(server.endpoint)
@@ -86,15 +90,18 @@ def broker(endpoint: str, ready: Any) -> None:
     ready.send(router.getsockopt_string(zmq.LAST_ENDPOINT))
     held: list[list[zmq.Frame]] = []
     waiting: list[bytes] = []
+    unanswered: list[bytes] = []
     while True:
         peer, verb, *frames = router.recv_multipart(copy=False)
         if verb.bytes == b"put":
             held.append(frames)
-            router.send_multipart([peer.bytes, b"done"])
+            unanswered.append(peer.bytes)
         else:
             waiting.append(peer.bytes)
         while held and waiting:
             router.send_multipart([waiting.pop(0), *held.pop(0)], copy=False)
+        while unanswered and len(held) < HELD_BATCHES:
+            router.send_multipart([unanswered.pop(0), b"done"])
 
 
 @contextmanager
@@ -106,7 +113,7 @@ def process(target: Callable[..., None], *args: Any) -> Iterator[tuple[Any, str,
     child.start()
     there.close()
     try:
-        yield here, here.recv() if target in (broker, _serve_default) else "", child.pid or 0
+        yield here, here.recv() if target in (broker, _serve_default, _serve_bounded) else "", child.pid or 0
     finally:
         here.close()
         child.join(2)
@@ -116,6 +123,10 @@ def process(target: Callable[..., None], *args: Any) -> Iterator[tuple[Any, str,
 
 def _serve_default(names: tuple[str, ...], endpoint: str, ready: Any) -> None:
     serve(names, endpoint, ready)
+
+
+def _serve_bounded(names: tuple[str, ...], endpoint: str, ready: Any) -> None:
+    serve(names, endpoint, ready, byte_limit=HELD_BATCHES * ROWS * ROW_BYTES)
 
 
 def wait_for_end(pipe: Any) -> None:
@@ -135,8 +146,9 @@ def produce(endpoint: str, shares_memory: bool, batches: int, pipe: Any) -> None
         times = []
         for _ in range(batches):
             started = time.perf_counter()
-            client.put(reserve(client, ROWS), batch)
+            client.put_soon(reserve(client, ROWS), batch)
             times.append(time.perf_counter() - started)
+        client.flush()
         pipe.send(times)
         wait_for_end(pipe)
 
@@ -144,11 +156,10 @@ def produce(endpoint: str, shares_memory: bool, batches: int, pipe: Any) -> None
 def consume(endpoint: str, shares_memory: bool, batches: int, pipe: Any) -> None:
     with QueueClient(endpoint, shares_memory=shares_memory) as client:
         pipe.recv()
-        got = 0
+        got, done = 0, Keys([])
         while got < batches * ROWS:
-            rows = client.take("train", ROWS).rows
-            client.ack("train", rows.keys)
-            got += len(rows)
+            done = client.take("train", ROWS, done=done).rows.keys
+            got += len(done)
         pipe.send(time.perf_counter())
         wait_for_end(pipe)
 
@@ -206,7 +217,7 @@ def throughput(results: Figures, directory: str, peer_python: str | None) -> Non
     for kind, endpoint in (("ipc", f"ipc://{directory}/x"), ("tcp", "tcp://127.0.0.1:*")):
         with process(broker, endpoint) as (_, address, _):
             results[f"broker_{kind}_MB_s"] = end_to_end(produce_raw, consume_raw, address, batches=BATCHES)
-        with process(_serve_default, tuple(columns(1)), endpoint + ("1" if kind == "ipc" else "")) as (_, address, _):
+        with process(_serve_bounded, tuple(columns(1)), endpoint + ("1" if kind == "ipc" else "")) as (_, address, _):
             near = kind == "ipc"
             results[f"ours_{kind}_MB_s"] = end_to_end(produce, consume, address, near, batches=BATCHES)
         ratio(results, f"ours/broker_{kind}", f"ours_{kind}_MB_s", f"broker_{kind}_MB_s")

@@ -17,6 +17,7 @@ are none of this file's business.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -28,7 +29,7 @@ from controllers.idle import IdleAccount
 from controllers.stage import Stage
 from transfer_queue.client import QueueClient
 from transfer_queue.errors import DuplicateRow
-from transfer_queue.rows import Rows
+from transfer_queue.rows import RowKey, Rows
 
 _MAX_ROWS = 64
 # How long a take may be parked in the queue, which is also how long a stop may have to wait for it.
@@ -75,17 +76,20 @@ def _make_executor(stage: Stage, context: WorkerContext) -> Any:
 def _run_stage(context: WorkerContext, stage: Stage, executor: Any) -> None:
     max_rows = getattr(executor, "max_rows", _MAX_ROWS)
     idle = IdleAccount(context, stage.name)
+    done: Sequence[RowKey] = ()
     with QueueClient(context.queue_endpoints, secret=context.queue_secret, name=context.name) as queue:
         while not context.stopping.is_set():
             idle.tell()
             with idle.waiting():
-                rows = queue.take(stage.name, max_rows=max_rows, wait_s=_WAIT_S).rows
+                rows = queue.take(stage.name, max_rows=max_rows, wait_s=_WAIT_S, done=done).rows
             if len(rows):
                 columns = executor.process(rows)
                 _refuse_other_columns(stage, set(columns))
                 if columns:
                     _put(queue, Rows(rows.keys, columns))
-                queue.ack(stage.name, rows.keys)
+            done = rows.keys
+        if done:
+            queue.ack(stage.name, done)
     idle.tell(is_last=True)
 
 

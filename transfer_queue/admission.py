@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from transfer_queue import frames, wire
 from transfer_queue.core import Columns, Core
@@ -102,30 +102,34 @@ class Admission:
         if request.versions and len(request.versions) != num_rows:
             raise WireError(f"versions: {len(request.versions)} for {num_rows} rows")
         if request.placed is None:
-            return self._put(request, columns)
+            return self._put(request, num_rows, columns)
         frames.check_put_bytes(frames.num_bytes(request.placed), self._core.config.max_message_bytes)
         try:
-            return self._put(request, self._core.storage.open(request.placed, num_rows))
+            return self._put(request, num_rows, self._core.storage.open(request.placed, num_rows))
         finally:
             self._core.storage.end_put(request.placed)
 
-    def _put(self, request: wire.Put, columns: Columns) -> wire.Message:
+    def _put(self, request: wire.Put, num_rows: int, columns: Columns) -> wire.Message:
         if not columns:
             raise WireError("columns: none; a put brings at least one")
         core = self._core
         names = list(columns)
         core.storage.check(columns)
         plan = core.ledger.plan_put(request.spans, names, request.versions)
-        for same, start in _rows(plan, lambda arrival: arrival.repeated):
+        fresh = [(arrival, arrival.fresh) for arrival in plan if arrival.fresh]
+        repeated = [(arrival, arrival.repeated) for arrival in plan if arrival.repeated]
+        for same, start in _rows(repeated):
             mine = {name: column.slice(start, start + len(same)) for name, column in columns.items()}
             if not core.storage.holds(same, mine):
                 raise DuplicateRow(f"{same}: {names} are there already, with other contents")
-        core.storage.store(_rows(plan, lambda arrival: arrival.fresh), columns, request.placed)
+        core.storage.store(_rows(fresh), columns, request.placed)
         max_staleness = core.clock.max_staleness or 0
         moves = core.ledger.put(plan, names, request.versions, lambda version: version + max_staleness)
         if moves:
             core.clock.shift(moves)
-        return wire.Stored(request.id, _unwanted(plan), core.storage.recycled(request.placed))
+        is_all_wanted = len(fresh) == len(plan) and sum(bits.bit_count() for _, bits in fresh) == num_rows
+        unwanted = [] if is_all_wanted else _unwanted(plan)
+        return wire.Stored(request.id, unwanted, core.storage.recycled(request.placed))
 
     def producer_lost(self, peer: bytes, request: wire.ProducerLost, columns: Columns) -> wire.Message:
         core = self._core
@@ -138,24 +142,22 @@ class Admission:
         return wire.Done(request.id, len(retired))
 
 
-def _rows(plan: Sequence[Arrival], bits_of: Callable[[Arrival], int]) -> list[tuple[Span, int]]:
-    """Some of the rows of a put, with their positions in it."""
+def _rows(picked: Sequence[tuple[Arrival, int]]) -> list[tuple[Span, int]]:
+    """Some of the rows of a put, given as bits, with their positions in it."""
     rows = []
-    for arrival in plan:
-        bits = bits_of(arrival)
-        if bits == arrival.span.bits:
-            rows.append((arrival.span, arrival.position))
+    for arrival, bits in picked:
+        span = arrival.span
+        if bits == span.bits:
+            rows.append((span, arrival.position))
             continue
         for first, end in ranges(bits):
-            rows.append((Span(*arrival.span.identity, first, end), arrival.position + first - arrival.span.first))
+            rows.append((Span(*span.identity, first, end), arrival.position + first - span.first))
     return rows
 
 
 def _unwanted(plan: Sequence[Arrival]) -> list[int]:
-    if all(arrival.span.bits == arrival.fresh for arrival in plan):
-        return []
-    rows = _rows(plan, lambda arrival: arrival.span.bits & ~(arrival.fresh | arrival.repeated))
-    return [start + offset for span, start in rows for offset in range(len(span))]
+    gone = [(arrival, arrival.span.bits & ~(arrival.fresh | arrival.repeated)) for arrival in plan]
+    return [start + offset for span, start in _rows(gone) for offset in range(len(span))]
 
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:

@@ -99,8 +99,9 @@ class AsyncQueueClient:
         update: int | None = None,
         incarnation: int = 0,
         wait_s: float = DEFAULT_WAIT_S,
+        done: Sequence[RowKey] = (),
     ) -> Taken:
-        return await self._run(self._verbs.take(consumer, max_rows, budget, update, incarnation, wait_s))
+        return await self._run(self._verbs.take(consumer, max_rows, budget, update, incarnation, wait_s, done))
 
     async def ack(self, consumer: str, keys: Sequence[RowKey]) -> int:
         return await self._run(self._verbs.ack(consumer, keys))

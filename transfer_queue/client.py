@@ -1,23 +1,37 @@
-"""The blocking face of a client. It drives the generators of `verbs.py`, and owns only sockets and small puts that wait
-to go together. `async_client.py` is the other face."""
+"""The blocking face of a client. It drives the generators of `verbs.py`, and owns only sockets, small puts that wait to
+go together and the put that nobody waits for yet. `async_client.py` is the other face."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Generic, TypeVar, cast
 
 import zmq
 
 from transfer_queue import parts, wire
-from transfer_queue.errors import QueueClosed, QueueTimeout
+from transfer_queue.errors import QueueClosed, QueueError, QueueTimeout
 from transfer_queue.gathering import GATHER_BYTES, GATHER_ROWS, Part, count_or_raise, part_of
 from transfer_queue.rows import Column, RowKey
 from transfer_queue.sockets import DEFAULT_TIMEOUT_S, DEFAULT_WAIT_S, answer_of, connect, frames_of, timeout_of
 from transfer_queue.verbs import Answer, Hear, Send, Taken, Verb, Verbs
 
 R = TypeVar("R")
+
+
+class _Underway(Generic[R]):
+    """A verb that has said what it can and waits to hear something; once it has ended `hear` is None. asked: the ids of
+    its requests."""
+
+    __slots__ = ("asked", "hear", "result", "verb")
+
+    def __init__(self, verb: Verb[R]) -> None:
+        self.verb = verb
+        self.asked: list[int] = []
+        self.hear: Hear | None = None
+        self.result: R | None = None
 
 
 class QueueClient:
@@ -40,6 +54,8 @@ class QueueClient:
         context: zmq.Context = zmq.Context.instance()
         self._sockets = connect(context, self._verbs.endpoints, secret, name)
         self._gathered: list[Part] = []
+        self._putting: _Underway[Sequence[int | QueueError]] | None = None
+        self._wanted = 0
         self._poller = zmq.Poller()
         for socket in self._sockets:
             self._poller.register(socket, zmq.POLLIN)
@@ -77,17 +93,21 @@ class QueueClient:
     def put_soon(
         self, keys: Sequence[RowKey], columns: Mapping[str, Column], versions: Sequence[int] | None = None
     ) -> None:
-        """Like `put`, but together with others like it: at the latest before the next other verb, and by `flush`.
-        Raises what the shard refused of those that it sends."""
+        """Like `put`, but together with others like it, and without waiting for the answer. It is sent before the next
+        other verb at the latest; until then the columns must not be changed. What the shard refuses of it is raised by
+        a later `put_soon`, `flush` or `close`, or by a verb that would send what has gathered since."""
         self._gathered.append(part_of(keys, columns, versions))
         rows = sum(len(part.keys) for part in self._gathered)
         if rows >= GATHER_ROWS or sum(part.num_bytes for part in self._gathered) >= GATHER_BYTES:
-            self.flush()
+            self._send_gathered()
 
     def flush(self) -> int:
-        """Sends what `put_soon` has gathered; how many of its rows are still wanted."""
-        parts, self._gathered = self._gathered, []
-        return count_or_raise(self._drive(self._verbs.put(parts))) if parts else 0
+        """Waits until all that `put_soon` was given has arrived. How many of the rows that it was given since the last
+        flush are still wanted."""
+        self._send_gathered()
+        self._finish_put()
+        wanted, self._wanted = self._wanted, 0
+        return wanted
 
     def take(
         self,
@@ -97,10 +117,12 @@ class QueueClient:
         update: int | None = None,
         incarnation: int = 0,
         wait_s: float = DEFAULT_WAIT_S,
+        done: Sequence[RowKey] = (),
     ) -> Taken:
         """Rows with all of the consumer's columns, earliest deadline first; none after wait_s. budget: (column, most of
-        the sum of its lengths). update: that of a training take. Several shards may each give max_rows."""
-        return self._run(self._verbs.take(consumer, max_rows, budget, update, incarnation, wait_s))
+        the sum of its lengths). update: that of a training take. Several shards may each give max_rows. done: rows of
+        earlier takes, acknowledged by the way, as `ack` would before this take."""
+        return self._run(self._verbs.take(consumer, max_rows, budget, update, incarnation, wait_s, done))
 
     def ack(self, consumer: str, keys: Sequence[RowKey]) -> int:
         """The consumer is done with these rows; how many it was not done with before."""
@@ -145,42 +167,84 @@ class QueueClient:
         return self._run(self._verbs.introspect())
 
     def close(self) -> None:
-        """Sends what has gathered."""
-        if self._sockets and self._gathered:
-            self.flush()
-        for socket in self._sockets:
-            socket.close()
-        self._sockets = []
-        self._verbs.close()
+        """After a flush."""
+        try:
+            if self._sockets:
+                self.flush()
+        finally:
+            for socket in self._sockets:
+                socket.close()
+            self._sockets = []
+            self._verbs.close()
 
     def _run(self, verb: Verb[R]) -> R:
         if self._gathered:
-            self.flush()
-        return self._drive(verb)
+            self._send_gathered()
+        return self._finish(self._begin(verb))
 
-    def _drive(self, verb: Verb[R]) -> R:
+    def _send_gathered(self) -> None:
+        """Without waiting for an answer, but for that to what was sent before. If that was refused, what has gathered
+        is kept for the next time."""
+        self._finish_put()
+        if not self._gathered:
+            return
+        if not self._verbs.has_located:  # or else the verb would wait for that before it says anything
+            self._finish(self._begin(self._verbs.locate()))
+        parts, self._gathered = self._gathered, []
+        self._putting = self._begin(self._verbs.put(parts))
+
+    def _finish_put(self) -> None:
+        if self._putting is not None:
+            putting, self._putting = self._putting, None
+            self._wanted += count_or_raise(self._finish(putting))
+
+    # Driving a verb
+
+    def _begin(self, verb: Verb[R]) -> _Underway[R]:
         assert threading.get_ident() == self._thread, "a QueueClient belongs to the thread that made it"
         if not self._sockets:
             raise QueueClosed("this client has been closed")
-        asked: list[int] = []
+        underway = _Underway(verb)
+        self._go_on(underway, verb.__next__)
+        return underway
+
+    def _finish(self, underway: _Underway[R]) -> R:
+        verb = underway.verb
         try:
-            step = next(verb)
-            while True:
-                if isinstance(step, Send):
-                    asked.append(step.request.id)
-                    self._asked[step.request.id] = step
-                    self._send([step])
-                    step = next(verb)
+            while underway.hear is not None:
+                answer = self._hear(underway.hear)
+                if answer is None:
+                    self._go_on(underway, partial(verb.throw, self._timeout(underway.hear)))
                 else:
-                    answer = self._hear(step)
-                    step = verb.throw(self._timeout(step)) if answer is None else verb.send(answer)
-        except StopIteration as end:
-            return end.value
+                    self._go_on(underway, partial(verb.send, answer))
+            return cast(R, underway.result)
         finally:
-            for number in asked:
-                unheard = self._asked.pop(number, None)
-                if unheard is not None:
-                    self._send(self._verbs.abandon(unheard, self._answers.pop(number, None)))
+            self._forget(underway)
+
+    def _go_on(self, underway: _Underway[Any], resume: Callable[[], Send | Hear]) -> None:
+        """Sends what the verb says, until it waits for something or ends."""
+        try:
+            step = resume()
+            while isinstance(step, Send):
+                underway.asked.append(step.request.id)
+                self._asked[step.request.id] = step
+                self._send([step])
+                step = next(underway.verb)
+            underway.hear = step
+        except BaseException as error:
+            underway.hear = None
+            self._forget(underway)
+            if not isinstance(error, StopIteration):
+                raise
+            underway.result = error.value
+
+    def _forget(self, underway: _Underway[Any]) -> None:
+        """What it has not heard nobody waits for any more."""
+        for number in underway.asked:
+            unheard = self._asked.pop(number, None)
+            if unheard is not None:
+                self._send(self._verbs.abandon(unheard, self._answers.pop(number, None)))
+        underway.asked.clear()
 
     def _send(self, steps: Sequence[Send]) -> None:
         for step in steps:

@@ -26,6 +26,8 @@ class Delivery:
         if request.budget is not None and request.budget[0] not in lane.spec.columns:
             raise RowRefused(f"budget: {request.budget[0]!r}; {request.consumer!r} reads {lane.spec.columns}")
         self._basket(request)
+        if request.done:
+            self._core.ledger.ack(lane, request.done)
         self._core.waiters.add(Waiter(peer, request, self._core.now + patience(request)))
 
     def try_take(self, waiter: Waiter, request: wire.Take) -> None:

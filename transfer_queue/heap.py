@@ -13,7 +13,7 @@ from transfer_queue import wire
 from transfer_queue.segments import Segment
 from transfer_queue.writer import SEGMENT_BYTES, Space
 
-IDLE_BYTES = 32 << 20
+IDLE_BYTES = 64 << 20
 
 
 class Held:

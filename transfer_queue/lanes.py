@@ -27,6 +27,7 @@ class Lane:
         self.name = name
         self.spec = spec
         self.columns = frozenset(spec.columns)
+        self.takes_groups = spec.takes_groups
         self.position = position
         self.pushes = 0
         self.redelivered = 0
@@ -48,7 +49,7 @@ class Lane:
 
     def push_back(self, group: Group) -> bool:
         """Of one that was popped and refused by the clock: nothing new for those who wait."""
-        if self.spec.takes_groups and group.num_waiting(self.position):
+        if self.takes_groups and group.num_waiting(self.position):
             return False
         if group.progress[self.position].is_queued:
             return True
@@ -74,11 +75,11 @@ class Lane:
             group = heap[0][-1]
             progress = group.progress[self.position]
             ready = progress.ready & ~group.gone
-            if not progress.is_queued or not ready or (self.spec.takes_groups and group.num_waiting(self.position)):
+            if not progress.is_queued or not ready or (self.takes_groups and group.num_waiting(self.position)):
                 progress.is_queued = False
                 heapq.heappop(heap)
                 continue
-            bits = basket.fill(group, ready, self.spec.takes_groups)
+            bits = basket.fill(group, ready, self.takes_groups)
             if not bits:
                 break
             picks.append((group, bits))

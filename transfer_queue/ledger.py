@@ -136,23 +136,28 @@ class Ledger:
         """Sorts the rows and refuses what must be refused; changes nothing."""
         self.check_columns(columns)
         names = self._names.of(columns)
-        plan, seen, end = [], Counter[Group](), 0
+        plan, seen, end = [], dict[Group, int](), 0
         for span in spans:
             group = self.partition(span.partition).find(span)
-            position, end = end, end + len(span)
+            rows = span.bits
+            position, end = end, end + rows.bit_count()
             if group is None:
                 plan.append(Arrival(span, position, None, 0, 0))
                 continue
-            bits = span.bits & ~group.gone
-            some = group.have.with_any(names) & bits
-            every = group.have.with_all(names) & bits if some else 0
-            if some != every:
-                raise RowRefused(f"{span}: some of {list(columns)} are there already; a put adds columns, all or none")
-            if seen[group] & span.bits:
+            fresh, every = rows & ~group.gone, 0
+            if fresh & group.filled:
+                some = group.have.with_any(names) & fresh
+                every = group.have.with_all(names) & fresh if some else 0
+                if some != every:
+                    rule = "a put adds columns, all or none"
+                    raise RowRefused(f"{span}: some of {list(columns)} are there already; {rule}")
+                fresh ^= some
+            before = seen.get(group, 0)
+            if before & rows:
                 raise RowRefused("keys: the same row twice in one put")
-            seen[group] |= span.bits
-            fresh = bits & ~some
-            _check_versions(group, span, fresh, versions[position:end])
+            seen[group] = before | rows
+            if versions:
+                _check_versions(group, span, fresh, versions[position:end])
             plan.append(Arrival(span, position, group, fresh, every))
         return plan
 
@@ -178,10 +183,10 @@ class Ledger:
                 group.filled |= fresh
                 if group.filled == group.all and (move := self._settle_deadline(group, deadline_of)) is not None:
                     moves.append(move)
-        for _, _, group, fresh, _ in plan:
-            if group is not None and fresh:
-                self._offer(group)
-                self.touch(group)
+        for arrival in plan:
+            if arrival.group is not None and arrival.fresh:
+                self._offer(arrival.group)
+                self.touch(arrival.group)
         return moves
 
     def _settle_deadline(self, group: Group, deadline_of: Callable[[int], int]) -> tuple[int, int, int] | None:
@@ -195,7 +200,7 @@ class Ledger:
         """Makes rows ready for the consumers whose columns are complete now."""
         for lane in self.partitions[group.partition].lanes:
             progress = group.progress[lane.position]
-            ready = group.have.with_all(lane.columns) & ~progress.begun & ~group.gone
+            ready = group.have.with_all(lane.columns) & ~(progress.begun | group.gone)
             if ready:
                 progress.become_ready(ready)
                 lane.push(group)
@@ -256,9 +261,9 @@ class Ledger:
                 raise RowRefused(f"keys: {next(group.keys(never))} was never ready for {lane.name!r}")
         count = 0
         for group, bits in picks:
-            open_bits = bits & ~group.progress[lane.position].done
-            self.finish(lane, group, open_bits)
-            count += open_bits.bit_count()
+            bits &= ~group.progress[lane.position].done
+            self.finish(lane, group, bits)
+            count += bits.bit_count()
         return count
 
     def finish(self, lane: Lane, group: Group, bits: int) -> None:
@@ -268,7 +273,7 @@ class Ledger:
         if ended:
             self._free(group, ended)
             self.partitions[group.partition].forget_if_finished(group)
-        if lane.spec.takes_groups and group.progress[lane.position].ready:
+        if lane.takes_groups and group.progress[lane.position].ready:
             lane.push(group)
 
     # Ends: LOST, DROPPED
@@ -357,9 +362,12 @@ class Ledger:
 
     def find(self, spans: Sequence[Span]) -> list[Pick]:
         """Those of the rows that are not gone. Raises RowRefused for one that never was."""
-        found = ((self.partition(span.partition).find(span), span) for span in spans)
-        picks = [(group, span.bits & ~group.gone) for group, span in found if group is not None]
-        return [(group, bits) for group, bits in picks if bits]
+        picks = []
+        for span in spans:
+            group = self.partition(span.partition).find(span)
+            if group is not None and (bits := span.bits & ~group.gone):
+                picks.append((group, bits))
+        return picks
 
     def groups_of(self, spans: Sequence[Span]) -> list[Group]:
         """Each once."""

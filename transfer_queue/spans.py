@@ -47,7 +47,7 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def bits(self) -> int:
-        return bits_between(self.first, self.end)
+        return ((1 << (self.end - self.first)) - 1) << self.first
 
     @property
     def keys(self) -> Iterator[RowKey]:

@@ -7,7 +7,7 @@ arrows; `ledger.py` owns the rules that say when an arrow is taken.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from transfer_queue.contents import Contents
 from transfer_queue.rows import RowKey
@@ -90,9 +90,7 @@ class Progress:
         self._settle(bits)
 
     def _settle(self, bits: int) -> None:
-        if not self.lent:
-            return
-        for lease, held in list(self.lent.items()):
+        for lease, held in list(self.lent.items()) if self.lent else ():
             if held & bits:
                 left = held & ~bits
                 if left:
@@ -148,7 +146,9 @@ class Group:
         progress = self.progress[lane]
         return self.size - (progress.ready | progress.done).bit_count()
 
-    def spans(self, bits: int) -> Iterator[Span]:
+    def spans(self, bits: int) -> Iterable[Span]:
+        if bits == self.all:
+            return (Span(self.partition, self.number, self.attempt, 0, self.size),)
         return (Span(self.partition, self.number, self.attempt, first, end) for first, end in ranges(bits))
 
     def keys(self, bits: int) -> Iterator[RowKey]:

@@ -8,7 +8,7 @@ ready or done is the ledger's business; what lies in a segment, `writer.py`'s.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -120,15 +120,16 @@ class Storage:
         for name, column in parcel.columns.items():
             self._dtypes.setdefault(name, column.values.dtype)
         for span, position in rows:
-            shelf = self._shelves.get(span.identity)
+            group, first, end = span.identity, span.first, span.end
+            shelf = self._shelves.get(group)
             if shelf is None:
-                shelf = self._shelves[span.identity] = Shelf()
-            piece = Piece(parcel, span.first, span.end, position)
+                shelf = self._shelves[group] = Shelf()
+            piece = Piece(parcel, first, end, position)
             shelf.pieces.append(piece)
             shelf.live |= span.bits
-            parcel.pieces.append((span.identity, piece))
-            parcel.num_live += len(span)
-            parcel.live_bytes += parcel.bytes_between(position, position + len(span))
+            parcel.pieces.append((group, piece))
+            parcel.num_live += end - first
+            parcel.live_bytes += parcel.bytes_between(position, position + end - first)
         parcel.held.num_parcels += 1
         self.num_bytes += parcel.num_bytes
         if self.news is not None:
@@ -248,12 +249,16 @@ class Storage:
     def _runs(self, spans: Sequence[Span], name: str) -> list[Run]:
         """In the order of the rows; neighbours in one."""
         runs: list[Run] = []
+        last, start, stop = None, 0, -1
         for span in spans:
             for parcel, first, end in _of_shelf(self._shelves[span.identity], span, name):
-                if runs and runs[-1].parcel is parcel and runs[-1].end == first:
-                    runs[-1] = Run(parcel, runs[-1].first, end)
-                else:
-                    runs.append(Run(parcel, first, end))
+                if parcel is not last or first != stop:
+                    if stop >= 0:
+                        runs.append(Run(last, start, stop))
+                    last, start = parcel, first
+                stop = end
+        if stop >= 0:
+            runs.append(Run(last, start, stop))
         return runs
 
     # Freeing
@@ -303,8 +308,17 @@ class Storage:
         self._release(parcel)
 
 
-def _of_shelf(shelf: Shelf, span: Span, name: str) -> Iterator[Run]:
-    """Where these rows of one group lie."""
+def _of_shelf(shelf: Shelf, span: Span, name: str) -> Iterable[tuple[Parcel | None, int, int]]:
+    """Where these rows of one group lie: (parcel or None, first, end)."""
+    if len(shelf.pieces) == 1:  # as a rule
+        parcel, first, end, position = shelf.pieces[0]
+        if first <= span.first and span.end <= end and name in parcel.columns:
+            position -= first
+            return ((parcel, position + span.first, position + span.end),)
+    return _over_pieces(shelf, span, name)
+
+
+def _over_pieces(shelf: Shelf, span: Span, name: str) -> Iterator[Run]:
     at = span.first
     while at < span.end:
         holders = [piece for piece in shelf.pieces if piece.end > at and name in piece.parcel.columns]
@@ -324,13 +338,14 @@ def _of_shelf(shelf: Shelf, span: Span, name: str) -> Iterator[Run]:
 def _shrink(shelf: Shelf, bits: int) -> Iterator[Parcel]:
     """Takes the rows out of the parcels' counts."""
     for piece in shelf.pieces:
+        parcel, start, _, position = piece
         hit = bits & piece.bits
         if hit:
-            piece.parcel.num_live -= hit.bit_count()
+            parcel.num_live -= hit.bit_count()
             for first, end in ranges(hit):
-                position = piece.position + first - piece.first
-                piece.parcel.live_bytes -= piece.parcel.bytes_between(position, position + end - first)
-            yield piece.parcel
+                at = position + first - start
+                parcel.live_bytes -= parcel.bytes_between(at, at + end - first)
+            yield parcel
 
 
 def _select(column: Column, rows: Sequence[tuple[Span, int]]) -> Column:

@@ -8,7 +8,7 @@ asyncio socket. This file also knows which shard owns a row, and what to do abou
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -95,7 +95,7 @@ class Verbs:
         assert isinstance(answer.reply, wire.Reserved), f"a reservation was answered by {answer.reply}"
         return answer.reply.groups
 
-    def put(self, parts: Sequence[Part]) -> Verb[list[int | QueueError]]:
+    def put(self, parts: Sequence[Part]) -> Verb[Sequence[int | QueueError]]:
         """For each part how many of its rows are still wanted, or why the shard refused it."""
         outcomes: list[int | QueueError] = []
         for positions in batches(parts):
@@ -118,26 +118,25 @@ class Verbs:
 
     def _put(self, part: Part) -> Verb[list[int]]:
         """Positions of the rows that nobody wants any more."""
-        yield from self._locate()
-        if len(self.endpoints) == 1:
-            return (yield from self._put_to(0, part))
+        yield from self.locate()
+        owned = self._by_owner(part.keys) if len(self.endpoints) > 1 else {0: range(len(part.keys))}
+        mine = {owner: part.select(positions) for owner, positions in owned.items()}
+        for owner, share in mine.items():
+            check_put_bytes(share.num_bytes, self._max_put_bytes[owner])
+        answers = yield from self._ask_each([self._put_to(owner, share) for owner, share in mine.items()])
         unwanted: list[int] = []
-        for owner, positions in self._by_owner(part.keys).items():
-            mine = yield from self._put_to(owner, part.select(positions))
-            unwanted += [positions[position] for position in mine]
+        for positions, answer in zip(owned.values(), answers, strict=True):
+            assert isinstance(answer.reply, wire.Stored), f"a put was answered by {answer.reply}"
+            unwanted += [positions[position] for position in answer.reply.unwanted]
         return unwanted
 
-    def _put_to(self, owner: int, part: Part) -> Verb[list[int]]:
-        check_put_bytes(part.num_bytes, self._max_put_bytes[owner])
+    def _put_to(self, owner: int, part: Part) -> Send:
+        """Written into the shard's memory, if that is near."""
         near = self._near.get(owner)
         placed = near.write(part.columns, len(part.keys)) if near is not None else None
         versions = [int(version) for version in part.versions]
         request = wire.Put(next(self._ids), spans_of(part.keys), [], versions, placed)
-        answer = yield from self._ask(owner, request, part.columns if placed is None else {})
-        assert isinstance(answer.reply, wire.Stored), f"a put was answered by {answer.reply}"
-        if near is not None:
-            near.writer.recycle(answer.reply.recycled)
-        return answer.reply.unwanted
+        return Send(owner, request, part.columns if placed is None else {})
 
     def take(
         self,
@@ -147,23 +146,38 @@ class Verbs:
         update: int | None,
         incarnation: int,
         wait_s: float,
+        done: Sequence[RowKey],
     ) -> Verb[Taken]:
         """The local shard if it has any; otherwise all shards at once, and the first that has some ends the wait."""
-        yield from self._locate()
+        finished = yield from self._spans_by_owner(done)
+        mine = finished.pop(0, [])
+        yield from self._ask_each(
+            [Send(at, wire.Ack(next(self._ids), consumer, got), {}) for at, got in finished.items()]
+        )
         many = len(self.endpoints) > 1
 
-        def request(endpoint: int, patience_s: float) -> wire.Take:
-            is_near = endpoint in self._near
-            return wire.Take(next(self._ids), consumer, max_rows, budget, update, incarnation, patience_s, is_near)
+        def request(endpoint: int, patience_s: float, done: list[Span]) -> wire.Take:
+            return wire.Take(
+                next(self._ids),
+                consumer,
+                max_rows,
+                budget,
+                update,
+                incarnation,
+                patience_s,
+                endpoint in self._near,
+                done,
+            )
 
         while True:
             patience_s = 0.0 if many else wait_s
-            first = yield from self._ask(0, request(0, patience_s), wait_s=patience_s)
+            first = yield from self._ask(0, request(0, patience_s, mine), wait_s=patience_s)
+            mine = []
             answers = {0: [first]}
             if many and (_is_closed(first) or not _num_rows(first)):
                 if _is_closed(first):
                     wait_s = 0.0
-                asked = [request(endpoint, wait_s) for endpoint in range(len(self.endpoints))]
+                asked = [request(endpoint, wait_s, []) for endpoint in range(len(self.endpoints))]
                 for endpoint, answer in (yield from self._race(asked, wait_s)):
                     answers.setdefault(endpoint, []).append(answer)
             whole = []
@@ -199,18 +213,12 @@ class Verbs:
         return None if columns is None else answer._replace(columns=columns)
 
     def ack(self, consumer: str, keys: Sequence[RowKey]) -> Verb[int]:
-        count = 0
-        for owner, spans in (yield from self._spans_by_owner(keys)).items():
-            request = wire.Ack(next(self._ids), consumer, spans)
-            count += _count((yield from self._ask(owner, request)))
-        return count
+        return (yield from self._count_each(keys, lambda number, spans: wire.Ack(number, consumer, spans)))
 
     def commit(self, incarnation: int, update: int, keys: Sequence[RowKey]) -> Verb[int]:
-        count = 0
-        for owner, spans in (yield from self._spans_by_owner(keys)).items():
-            request = wire.Commit(next(self._ids), incarnation, update, spans)
-            count += _count((yield from self._ask(owner, request)))
-        return count
+        return (
+            yield from self._count_each(keys, lambda number, spans: wire.Commit(number, incarnation, update, spans))
+        )
 
     def close_update(self, incarnation: int, update: int) -> Verb[None]:
         yield from self._ask(0, wire.CloseUpdate(next(self._ids), incarnation, update))
@@ -219,11 +227,7 @@ class Verbs:
         yield from self._ask(0, wire.Begin(next(self._ids), incarnation, version, list(lost)))
 
     def drop(self, keys: Sequence[RowKey], reason: str, again: bool) -> Verb[int]:
-        count = 0
-        for owner, spans in (yield from self._spans_by_owner(keys)).items():
-            request = wire.Drop(next(self._ids), spans, reason, again)
-            count += _count((yield from self._ask(owner, request)))
-        return count
+        return (yield from self._count_each(keys, lambda number, spans: wire.Drop(number, spans, reason, again)))
 
     def producer_lost(self, producer: str) -> Verb[int]:
         answers = yield from self._ask_all(lambda number: wire.ProducerLost(number, producer))
@@ -248,21 +252,41 @@ class Verbs:
 
     # Asking
 
-    def _ask(
-        self, endpoint: int, request: wire.Message, columns: Mapping[str, Column] | None = None, wait_s: float = 0.0
-    ) -> Verb[Answer]:
-        yield Send(endpoint, request, columns or {})
-        answer = yield Hear((request.id,), wait_s + self.timeout_s)
-        assert answer is not None, "who drives a verb answers a Hear"
-        if isinstance(answer.reply, wire.Refused):
-            raise error_named(answer.reply.error, f"{answer.reply.message} (by {self.endpoints[endpoint]})")
+    def _ask(self, endpoint: int, request: wire.Message, wait_s: float = 0.0) -> Verb[Answer]:
+        (answer,) = yield from self._ask_each([Send(endpoint, request, {})], wait_s)
         return answer
 
-    def _ask_all(self, make: Any) -> Verb[list[Answer]]:
+    def _ask_all(self, make: Callable[[int], wire.Message]) -> Verb[list[Answer]]:
+        """Every shard; make: a request of that id."""
+        sends = [Send(endpoint, make(next(self._ids)), {}) for endpoint in range(len(self.endpoints))]
+        return (yield from self._ask_each(sends))
+
+    def _count_each(self, keys: Sequence[RowKey], make: Callable[[int, list[Span]], wire.Message]) -> Verb[int]:
+        """Asks the owners of the keys, and adds up."""
+        spans = yield from self._spans_by_owner(keys)
+        sends = [Send(owner, make(next(self._ids), mine), {}) for owner, mine in spans.items()]
+        return sum(_count(answer) for answer in (yield from self._ask_each(sends)))
+
+    def _ask_each(self, sends: Sequence[Send], wait_s: float = 0.0) -> Verb[list[Answer]]:
+        """All are asked before any is heard, and all are heard before the first refusal is raised."""
+        for send in sends:
+            yield send
         answers = []
-        for endpoint in range(len(self.endpoints)):
-            answers.append((yield from self._ask(endpoint, make(next(self._ids)))))
+        failure: QueueError | None = None
+        for send in sends:
+            answer = yield Hear((send.request.id,), wait_s + self.timeout_s)
+            assert answer is not None, "who drives a verb answers a Hear"
+            answers.append(answer)
+            if failure is None and isinstance(answer.reply, wire.Refused):
+                failure = self._failure(send.endpoint, answer.reply)
+            elif send.endpoint in self._near and isinstance(answer.reply, wire.Stored):
+                self._near[send.endpoint].writer.recycle(answer.reply.recycled)
+        if failure is not None:
+            raise failure
         return answers
+
+    def _failure(self, endpoint: int, reply: wire.Refused) -> QueueError:
+        return error_named(reply.error, f"{reply.message} (by {self.endpoints[endpoint]})")
 
     def _race(self, requests: Sequence[wire.Message], wait_s: float) -> Verb[list[tuple[int, Answer]]]:
         """One request to each shard. When one has rows, or says that it is over, the others are told to stop waiting;
@@ -284,8 +308,7 @@ class Verbs:
             assert answer is not None, "who drives a verb answers a Hear"
             endpoint = waiting.pop(answer.id)
             if isinstance(answer.reply, wire.Refused):
-                message = f"{answer.reply.message} (by {self.endpoints[endpoint]})"
-                failure = error_named(answer.reply.error, message)
+                failure = self._failure(endpoint, answer.reply)
             else:
                 answers.append((endpoint, answer))
             if not is_over and (failure is not None or _num_rows(answer) or _is_closed(answer)):
@@ -324,9 +347,13 @@ class Verbs:
 
     # Which shard
 
-    def _locate(self) -> Verb[None]:
-        """Once: what there is to know of the shards."""
-        if self._stride:
+    @property
+    def has_located(self) -> bool:
+        return self._stride > 0
+
+    def locate(self) -> Verb[None]:
+        """Once: what there is to know of the shards. Most verbs begin with it."""
+        if self.has_located:
             return
         for endpoint, answer in enumerate((yield from self._ask_all(wire.Locate))):
             located = answer.reply
@@ -339,7 +366,7 @@ class Verbs:
                 self._near[endpoint] = Near(space, located.writer)
 
     def _spans_by_owner(self, keys: Sequence[RowKey]) -> Verb[dict[int, list[Span]]]:
-        yield from self._locate()
+        yield from self.locate()
         spans: dict[int, list[Span]] = {}
         for span in spans_of(keys):
             spans.setdefault(self._owner(span.group), []).append(span)
@@ -352,7 +379,7 @@ class Verbs:
             raise ValueError(f"keys: group {group}; none of {self.endpoints} owns it")
         return owner
 
-    def _by_owner(self, keys: Sequence[RowKey]) -> dict[int, list[int]]:
+    def _by_owner(self, keys: Sequence[RowKey]) -> Mapping[int, Sequence[int]]:
         """Positions of the keys by the endpoint that owns them."""
         positions: dict[int, list[int]] = {}
         for position, key in enumerate(keys):

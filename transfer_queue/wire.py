@@ -122,6 +122,8 @@ class Take(Message, frozen=True):
     wait_s: float
     is_near: bool = False
     """Whether the columns may stay in shared memory."""
+    done: list[Span] = []
+    """Rows of earlier takes that are acknowledged by the way."""
 
 
 class Ack(Message, frozen=True):

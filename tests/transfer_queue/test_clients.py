@@ -46,6 +46,22 @@ def test_rows_go_from_producer_to_trainer_unchanged(serve: Make, connect: Make) 
     assert (report["stored_rows"], report["clock"]["version"]) == (0, 1)
 
 
+def test_a_take_acknowledges_rows_of_earlier_ones_by_the_way(serve: Make, connect: Make) -> None:
+    client = connect(serve().endpoint)
+    client.announce("p", 0)
+    keys = [key for group in client.reserve("p", 2, 2) for key in group.keys]
+    client.put(keys, {"tokens": Column.scalars([1] * 4, "float32")})
+    first = client.take("reward", max_rows=3).rows.keys
+    second = client.take("reward", max_rows=3, done=first).rows.keys
+    assert (len(first), len(second)) == (3, 1)
+    assert (client.ack("reward", first), client.ack("reward", second)) == (0, 1)
+    assert len(client.take("reward", done=keys, wait_s=0.0).rows) == 0, "also twice, and in vain"
+    with pytest.raises(RowRefused, match="was never ready for 'advantage'"):
+        client.take("advantage", done=keys)
+    with pytest.raises(RowRefused, match="'train' is training; it commits"):
+        client.take("train", update=0, done=keys)
+
+
 def test_take_in_vain_returns_no_rows_after_its_wait(serve: Make, connect: Make) -> None:
     client = connect(serve().endpoint)
     start = time.monotonic()

@@ -73,6 +73,17 @@ def test_take_finds_rows_on_other_shards_and_acks_go_home(endpoints: list[str], 
     assert there.take("reward", 9, wait_s=0.1).rows.keys == []
 
 
+def test_rows_of_all_shards_are_acknowledged_by_one_take(endpoints: list[str], connect: Make) -> None:
+    here, there = connect(endpoints), connect(endpoints[::-1])
+    here.announce("p", 0)
+    keys = [*produce(here, 2), *produce(there, 2)]
+    taken: list[Any] = []
+    while len(taken) < len(keys):
+        taken += here.take("reward", 9, wait_s=5.0).rows.keys
+    assert here.take("reward", 9, wait_s=0.1, done=taken).rows.keys == []
+    assert sorted(taken) == sorted(keys) and there.ack("reward", keys) == 0
+
+
 def test_parked_take_wakes_by_a_put_on_another_shard(endpoints: list[str], connect: Make) -> None:
     here = connect(endpoints)
     here.announce("p", 0)
