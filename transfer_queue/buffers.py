@@ -22,21 +22,23 @@ _OVERSIZE = 2
 class Buffers:
     def __init__(self) -> None:
         self._kept: list[Array] = []
+        self._sizes: list[int] = []
 
     def take(self, num_bytes: int) -> Array:
         """uint8 (num_bytes,), of any contents."""
         if num_bytes < SMALL_BYTES:
             return np.empty(num_bytes, np.uint8)
-        for at in range(len(self._kept)):  # those taken longest ago first, which are the likeliest to be free
-            fits = num_bytes <= len(self._kept[at]) <= _OVERSIZE * num_bytes
-            if fits and _references(self._kept, at) == _UNUSED:
+        for at, size in enumerate(self._sizes):  # those taken longest ago first, which are the likeliest to be free
+            if num_bytes <= size <= _OVERSIZE * num_bytes and _references(self._kept, at) == _UNUSED:
                 buffer = self._kept.pop(at)
                 self._kept.append(buffer)
+                self._sizes.append(self._sizes.pop(at))
                 return buffer[:num_bytes]
         buffer = np.empty(num_bytes, np.uint8)
         self._kept.append(buffer)
-        while len(self._kept) > 1 and sum(map(len, self._kept)) > KEPT_BYTES:
-            del self._kept[0]
+        self._sizes.append(num_bytes)
+        while len(self._kept) > 1 and sum(self._sizes) > KEPT_BYTES:
+            del self._kept[0], self._sizes[0]
         return buffer[:]
 
 

@@ -34,6 +34,14 @@ class Column:
         self.offsets = offsets
 
     @classmethod
+    def checked(cls, values: Array, offsets: Array) -> Column:
+        """Of what is known to fit together."""
+        column = cls.__new__(cls)
+        column.values = values
+        column.offsets = offsets
+        return column
+
+    @classmethod
     def scalars(cls, values: Array | Sequence[float], dtype: str | None = None) -> Column:
         """One value a row."""
         array = np.ascontiguousarray(values, dtype=dtype)
@@ -74,7 +82,7 @@ class Column:
         if first == 0 and end == len(self):
             return self
         offsets = self.offsets[first : end + 1]
-        return Column(self.values[offsets[0] : offsets[-1]], offsets - offsets[0] if offsets[0] else offsets)
+        return Column.checked(self.values[offsets[0] : offsets[-1]], offsets - offsets[0] if offsets[0] else offsets)
 
     @property
     def lengths(self) -> Array:
@@ -101,7 +109,7 @@ def concatenate(
         others, sources = sources, [column.offsets for column in columns]
         if len(others) != len(sources) or not all(map(is_, others, sources)):
             offsets = _joined(sources)
-        joined[name] = Column(np.concatenate(values, out=out), offsets)
+        joined[name] = Column.checked(np.concatenate(values, out=out), offsets)
     return joined
 
 

@@ -88,10 +88,12 @@ class Storage:
     def check(self, columns: Mapping[str, Column]) -> None:
         """A column has one dtype, that of its first put."""
         for name, column in columns.items():
-            frames.travelling(name, column.values.dtype)
-            known = self._dtypes.get(name)
-            if known is not None and known != column.values.dtype:
-                raise RowRefused(f"columns: {name!r} is {column.values.dtype}; it came as {known} before")
+            known, dtype = self._dtypes.get(name), column.values.dtype
+            if known is None:
+                frames.travelling(name, dtype)
+            elif known != dtype:
+                frames.travelling(name, dtype)
+                raise RowRefused(f"columns: {name!r} is {dtype}; it came as {known} before")
 
     def store(
         self, rows: Sequence[tuple[Span, int]], columns: Mapping[str, Column], placed: wire.Placed | None = None
@@ -118,7 +120,8 @@ class Storage:
 
     def _settle(self, parcel: Parcel, rows: Sequence[tuple[Span, int]]) -> None:
         for name, column in parcel.columns.items():
-            self._dtypes.setdefault(name, column.values.dtype)
+            if name not in self._dtypes:
+                self._dtypes[name] = column.values.dtype
         for span, position in rows:
             group, first, end = span.identity, span.first, span.end
             shelf = self._shelves.get(group)

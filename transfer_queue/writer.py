@@ -122,11 +122,12 @@ def view(segment: Segment, places: Sequence[wire.ColumnPlace], num_rows: int) ->
     columns: dict[str, Column] = {}
     checked: dict[tuple[int, int], Array] = {}
     for place in places:
-        if place.dtype not in frames.DTYPES:
+        dtype = frames.DTYPES.get(place.dtype)
+        if dtype is None:
             raise RowRefused(f"columns: {place.name!r} is {place.dtype}; what travels is {', '.join(frames.DTYPES)}")
         if place.name in columns:
             raise WireError(f"column {place.name!r}: twice there")
-        values = _array(segment, place, place.values_at, place.num_values, frames.DTYPES[place.dtype])
+        values = _array(segment, place, place.values_at, place.num_values, dtype)
         shape = (place.offsets_at, place.num_values)
         if shape not in checked:
             given = place.offsets_at != 0
@@ -137,7 +138,7 @@ def view(segment: Segment, places: Sequence[wire.ColumnPlace], num_rows: int) ->
             )
             frames.check_offsets(place.name, offsets, place.num_values, num_rows)
             checked[shape] = offsets
-        columns[place.name] = Column(values, checked[shape])
+        columns[place.name] = Column.checked(values, checked[shape])
     return columns
 
 
