@@ -28,8 +28,9 @@ class Buffers:
         """uint8 (num_bytes,), of any contents."""
         if num_bytes < SMALL_BYTES:
             return np.empty(num_bytes, np.uint8)
-        for at, size in enumerate(self._sizes):  # those taken longest ago first, which are the likeliest to be free
-            if num_bytes <= size <= _OVERSIZE * num_bytes and _references(self._kept, at) == _UNUSED:
+        for at in range(len(self._kept) - 1, -1, -1):  # those taken last first, which may still be in a cache
+            fits = num_bytes <= self._sizes[at] <= _OVERSIZE * num_bytes
+            if fits and _references(self._kept, at) == _UNUSED:
                 buffer = self._kept.pop(at)
                 self._kept.append(buffer)
                 self._sizes.append(self._sizes.pop(at))

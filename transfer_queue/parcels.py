@@ -66,4 +66,5 @@ def _starts(columns: Iterable[Column]) -> Array:
         at = id(column.offsets)
         offsets[at] = column.offsets
         widths[at] = widths.get(at, 0) + column.values.itemsize
-    return np.sum([offsets[at] * width for at, width in widths.items()], axis=0)
+    starts = [offsets[at] * width for at, width in widths.items()]
+    return starts[0] if len(starts) == 1 else np.sum(starts, axis=0)

@@ -102,8 +102,8 @@ class SegmentWriter:
         return self._open
 
     def _segment(self, capacity: int) -> Segment:
-        """An idle one of about this size, or a new one."""
-        fitting = [segment for segment in self._idle if capacity <= segment.capacity <= _OVERSIZE * capacity]
+        """An idle one of about this size, the one used last, which may still be in a cache; or a new one."""
+        fitting = [segment for segment in reversed(self._idle) if capacity <= segment.capacity <= _OVERSIZE * capacity]
         if fitting:
             best = min(fitting, key=lambda segment: segment.capacity)
             self._idle.remove(best)
