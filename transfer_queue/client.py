@@ -21,8 +21,9 @@ from transfer_queue.verbs import Answer, Hear, Send, Taken, Verb, Verbs
 
 R = TypeVar("R")
 LINGER_S = 1e-4
-"""For which a client that waits looks again and again, giving its core to whoever wants it, before it sleeps: being
-woken takes about as long as a shard does for most answers."""
+"""For which a client that waits for shards on its node looks again and again, giving its core to whoever wants it,
+before it sleeps: being woken takes about as long as a shard does for most answers. Over TCP that would only take time
+from those who move the bytes."""
 
 
 class _Underway(Generic[R]):
@@ -60,6 +61,7 @@ class QueueClient:
         self._gathered: list[Part] = []
         self._putting: _Underway[Sequence[int | QueueError]] | None = None
         self._wanted = 0
+        self._may_linger = all(endpoint.startswith("ipc://") for endpoint in self._verbs.endpoints)
         self._poller = zmq.Poller()
         for socket in self._sockets:
             self._poller.register(socket, zmq.POLLIN)
@@ -258,7 +260,7 @@ class QueueClient:
 
     def _linger(self, most_s: float) -> list[tuple[zmq.Socket, int]]:
         """Sockets, with events, that have something within `LINGER_S`."""
-        end_s = time.perf_counter() + min(LINGER_S, most_s)
+        end_s = time.perf_counter() + min(LINGER_S, most_s) if self._may_linger else 0.0
         while time.perf_counter() < end_s:
             found = [(socket, int(zmq.POLLIN)) for socket in self._sockets if parts.has_message(socket)]
             if found:
