@@ -56,7 +56,6 @@ class Whereabouts(NamedTuple):
 class Storage:
     def __init__(self, space: Space) -> None:
         self.num_bytes = 0
-        self.compacted_bytes = 0
         self.heap = Heap(space)
         self._writer = SegmentWriter(self.heap.space, SHARD_WRITER)
         self.news: list[Parcel] | None = None
@@ -307,7 +306,6 @@ class Storage:
             shelf = self._shelves[group]
             shelf.pieces = [piece for piece in shelf.pieces if piece.parcel is not parcel]
         self._settle(new, _closed_up(left))
-        self.compacted_bytes += new.num_bytes
         self._release(parcel)
 
 
