@@ -6,7 +6,8 @@ The same model, prompts, batch and number of samples in every mode; rollout has 
 Lengths are log-normal (median --median tokens, deviation --sigma of their logarithm, cut at --longest) and follow from
 a sample's own seed, so that every mode draws the same ones. Beside each measured gain over η = 0 stands its bound: the
 same number of updates under a virtual clock, by the queue's own shards and ledger (`flowrl/simulate`), with the
-response times and the trainer's times that the run of that mode measured, and nothing else that takes time.
+times that the run of that mode measured: of responses, of the trainer, which begins when a micro-batch is full, and
+from a version's publishing to the first response under it. Nothing else takes time there.
 """
 
 from __future__ import annotations
@@ -151,8 +152,9 @@ def simulated(run: Path, settings: list[str]) -> dict[str, float]:
     from flowrl.simulate import simulate
     from flowrl.simulate.of_run import measured_times, setting_of_recipe
 
-    setting = setting_of_recipe(load(ROOT / "recipes" / "quickstart.yaml", settings))
-    times = measured_times(run, setting.batch_rows)
+    recipe = load(ROOT / "recipes" / "quickstart.yaml", settings)
+    setting = setting_of_recipe(recipe)
+    times = measured_times(run, setting.batch_rows, recipe.train.micro_batch_tokens)
     outcomes = [
         simulate(dataclasses.replace(setting, updates=SIMULATED_UPDATES, seed=seed, **times))  # type: ignore[arg-type]
         for seed in range(SIMULATIONS)

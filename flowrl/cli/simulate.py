@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flowrl.simulate import Outcome, Setting
 
-TIMES = ("row_train_s", "step_s", "publish_s", "load_s", "engine_lag_s", "filtered", "failures")
+TIMES = ("row_train_s", "micro_batch_rows", "step_s", "publish_s", "load_s", "engine_lag_s", "filtered", "failures")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ("failures", "share of groups with which an engine dies"),
     ):
         parser.add_argument("--" + name.replace("_", "-"), type=float, help=f"{text} (0)")
+    parser.add_argument("--micro-batch-rows", type=int, help="with which the trainer begins at once (1)")
     parser.add_argument("--nodes", type=int, default=1, help="that the recipe runs on, a shard on each (1)")
     parser.add_argument("--updates", type=int, help="(100; in trials 100 to 300)")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
@@ -75,11 +76,12 @@ def setting_from(arguments: argparse.Namespace) -> Setting:
     from flowrl.simulate import LogNormal
     from flowrl.simulate.of_run import measured_times, setting_of_recipe
 
-    setting = setting_of_recipe(config.load(arguments.recipe, arguments.overrides), arguments.nodes)
+    recipe = config.load(arguments.recipe, arguments.overrides)
+    setting = setting_of_recipe(recipe, arguments.nodes)
     updates = 100 if arguments.updates is None else arguments.updates
     times: dict[str, Any] = {"updates": updates, "seed": arguments.seed}
     if arguments.run is not None:
-        times |= measured_times(arguments.run, setting.batch_rows)
+        times |= measured_times(arguments.run, setting.batch_rows, recipe.train.micro_batch_tokens)
     else:
         times["durations"] = LogNormal(arguments.response_s, arguments.sigma, arguments.longest_s)
     times |= {name: value for name in TIMES if (value := getattr(arguments, name)) is not None}

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
+import numpy as np
+
 from flowrl import pipeline
 from flowrl.config import Recipe
 from flowrl.report.events import read_events
@@ -31,19 +33,48 @@ def setting_of_recipe(recipe: Recipe, num_nodes: int = 1) -> Setting:
     )
 
 
-def measured_times(run: Path, batch_rows: int) -> dict[str, object]:
-    """Fields of `Setting` from a run's records: response times from its events; the trainer's from its metrics, medians
-    over its updates. Raises ValueError for a run with too little to measure."""
+def measured_times(run: Path, batch_rows: int, micro_batch_tokens: int) -> dict[str, object]:
+    """Fields of `Setting` from a run's records: response times from its events, and how long engines took to begin with
+    new weights; the trainer's times from its metrics, means over all updates but the first tenth, and how many of its
+    rows make a micro-batch. Raises ValueError for a run with too little to measure."""
     record = RunRecord.read(run)
-    seconds = list(_response_seconds(run)) if (run / "events.jsonl").is_file() else []
+    has_events = (run / "events.jsonl").is_file()
+    seconds = list(_response_seconds(run)) if has_events else []
     if len(seconds) < LEAST_RESPONSES:
         raise ValueError(f"run: {str(run)!r} has {len(seconds)} responses in its events; at least {LEAST_RESPONSES}")
     busy, publishing = (record.series(f"timing_s/{name}").value for name in ("update_actor", "update_weights"))
     if not len(busy):
         raise ValueError(f"run: {str(run)!r} has no update in its metrics; at least one must have ended")
-    publish_s = median(publishing) if len(publishing) else 0.0
-    row_train_s = max(0.0, median(busy) - publish_s) / batch_rows
-    return {"durations": Measured(seconds), "row_train_s": float(row_train_s), "step_s": float(publish_s)}
+    step_s = _settled_mean(publishing)
+    row_train_s = max(0.0, _settled_mean(busy) - step_s) / batch_rows
+    row_tokens = _settled_mean(record.series("perf/total_num_tokens").value) / batch_rows
+    return {
+        "durations": Measured(seconds),
+        "row_train_s": row_train_s,
+        "step_s": step_s,
+        "micro_batch_rows": min(batch_rows, max(1, int(micro_batch_tokens / row_tokens))) if row_tokens else 1,
+        "publish_s": _seconds_to_new_weights(run),
+    }
+
+
+def _settled_mean(values: np.ndarray) -> float:
+    return float(values[len(values) // 10 :].mean()) if len(values) else 0.0
+
+
+def _seconds_to_new_weights(run: Path) -> float:
+    """From the publishing of a version to the first group that is reserved for it: loading, and all the ways between.
+    A median."""
+    published: dict[int, float] = {}
+    reserved: dict[int, float] = {}
+    for event in read_events(run / "events.jsonl"):
+        if event.version is None:
+            continue
+        if event.kind == "published":
+            published.setdefault(event.version, event.t)
+        elif event.kind == "reserved":
+            reserved.setdefault(event.version, event.t)
+    lags = [reserved[version] - t for version, t in published.items() if reserved.get(version, 0.0) >= t]
+    return float(median(lags)) if lags else 0.0
 
 
 def _response_seconds(run: Path) -> Iterator[float]:

@@ -17,7 +17,8 @@ class Setting:
     surplus_groups: that may be outstanding beyond those that updates have room for (`rollout.oversampling`).
     max_staleness: None for a run that nothing bounds. late, order: of the training consumer, as in `QueueConfig` and
     `ConsumerSpec`. clock_s: one way between a shard and the accounts; 0 puts them into one process.
-    row_train_s, step_s: the trainer is busy for this long with each row as it comes, and at the end of an update.
+    row_train_s, step_s: the trainer is busy for this long with each row, and at the end of an update. It begins with
+    micro_batch_rows of an update as soon as it has so many, and with what is left over when it has them all.
     publish_s: from then until engines may load; load_s: a loading engine makes no tokens (what runs is kept);
     engine_lag_s: mean of an exponential delay, drawn for each engine and version, until it notices.
     filtered: share of groups that are dropped when they are complete (tied), half of them before they are ready for
@@ -37,6 +38,7 @@ class Setting:
     clock_s: float = 0.0
     durations: Durations = field(default_factory=lambda: LogNormal(1.0, 1.0))
     row_train_s: float = 0.0
+    micro_batch_rows: int = 1
     step_s: float = 0.0
     publish_s: float = 0.0
     load_s: float = 0.0
@@ -48,7 +50,8 @@ class Setting:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_groups", "group_size", "max_attempts", "engines", "concurrency", "shards", "updates"):
+        counts = ("batch_groups", "group_size", "max_attempts", "engines", "concurrency", "shards", "micro_batch_rows")
+        for name in (*counts, "updates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; must be at least 1")
         for name in ("clock_s", "row_train_s", "step_s", "publish_s", "load_s", "engine_lag_s", "restart_s"):

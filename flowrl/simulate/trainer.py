@@ -31,6 +31,7 @@ class SleepingTrainer:
         self._closed = False
         self._keys: list[RowKey] = []
         self._got = 0
+        self._held_rows = 0
         self._idle_since = 0.0
         world.join(PEER, self._hear)
 
@@ -68,7 +69,10 @@ class SleepingTrainer:
 
     def _work(self) -> None:
         self._record.idle_s += self._world.now - self._idle_since
-        busy_s = self._got * self._setting.row_train_s
+        self._held_rows += self._got
+        rest = 0 if self._closed else self._held_rows % self._setting.micro_batch_rows
+        busy_s = (self._held_rows - rest) * self._setting.row_train_s
+        self._held_rows = rest
         if not self._closed:
             self._world.at(busy_s, self._take)
             return

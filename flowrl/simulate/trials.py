@@ -40,6 +40,7 @@ def random_setting(seed: int, updates: int | None = None) -> Setting:
         failures=dice.choice((0.0, 0.02)),
         updates=updates if updates is not None else dice.randint(100, 300),
         seed=dice.randrange(1 << 30),
+        micro_batch_rows=dice.choice((1, 1, 3, 16)),
     )
 
 

@@ -74,6 +74,18 @@ def test_a_synchronous_run_takes_as_long_as_arithmetic_says() -> None:
     assert (outcome.max_lag, outcome.untrained) == (0, 0.0)
 
 
+@pytest.mark.parametrize(("micro_batch_rows", "busy_s"), [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)])
+def test_the_trainer_begins_when_a_micro_batch_is_full(micro_batch_rows: int, busy_s: float) -> None:
+    """One response ends each second. What the trainer has not done by the last one comes after it, a second a row."""
+    outcome = simulate(
+        Setting(
+            batch_groups=4, max_staleness=0, concurrency=1, durations=Constant(1.0), row_train_s=1.0,
+            micro_batch_rows=micro_batch_rows, updates=10,
+        )
+    )  # fmt: skip
+    assert outcome.seconds == pytest.approx(10 * (4.0 + busy_s))
+
+
 def test_an_asynchronous_run_is_as_fast_as_its_slower_half() -> None:
     trainer_bound = simulate(
         Setting(batch_groups=4, max_staleness=2, concurrency=16, durations=Constant(1.0), step_s=1.0, updates=40)
@@ -124,8 +136,8 @@ def test_measured_durations_are_drawn_from_what_was_measured() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("batch_groups", 0), ("concurrency", 0), ("step_s", -1.0), ("filtered", 1.0), ("max_staleness", -1),
-        ("late", "never"), ("order", "up"), ("engines", 1),
+        ("batch_groups", 0), ("concurrency", 0), ("micro_batch_rows", 0), ("step_s", -1.0), ("filtered", 1.0),
+        ("max_staleness", -1), ("late", "never"), ("order", "up"), ("engines", 1),
     ],
 )  # fmt: skip
 def test_impossible_setting_is_refused_by_name(field: str, value: object) -> None:
