@@ -15,12 +15,13 @@ import shutil
 import signal
 import socket
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
+
+from flowrl.weights.mappings import short_path
 
 _NO_BUFFER = -1
 _MESSAGE_BYTES = 1 << 14
@@ -148,16 +149,6 @@ def link(source: Path, target: Path) -> None:
         os.symlink(source, target)
 
 
-@contextmanager
-def _short_path(root: Path, name: str) -> Iterator[str]:
-    """A socket's address has room for 107 characters; through a descriptor of the directory any path fits."""
-    directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield f"/proc/self/fd/{directory}/{name}"
-    finally:
-        os.close(directory)
-
-
 class Lent(NamedTuple):
     """A buffer to write the next version to. live: the keys of all there are. file: None if it has been lent before."""
 
@@ -178,7 +169,7 @@ class Lender:
         self._lent: set[int] = set()
         self._path = root / ".buffers"
         self._path.unlink(missing_ok=True)
-        with _short_path(root, ".buffers") as address:
+        with short_path(root, ".buffers") as address:
             self._listener.bind(address)
         self._listener.listen(num_peers)
 
@@ -212,7 +203,7 @@ class Borrower:
     def __init__(self, root: Path, timeout_s: float) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(timeout_s)
-        with _short_path(root, ".buffers") as address:
+        with short_path(root, ".buffers") as address:
             self._socket.connect(address)
 
     def receive(self, touched: Sequence[tuple[int, int]]) -> Lent | None:

@@ -1,7 +1,8 @@
 """From a published version into the tensors of a model that is being served, in place.
 
-Everything is compared before anything is overwritten. Bytes are read straight into the parameters where dtype and
-device allow it: mapping the file would fault every page of it in anew for each version.
+Everything is compared before anything is overwritten. Bytes go straight into the parameters where dtype and device
+allow it, from a mapping that outlives the version (`mappings.py`) or else by reading the file: to map it for each
+version would fault every page of it in anew.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from flowrl.weights.adapters import is_adapter, merge_in_place
+from flowrl.weights.mappings import Mappings
 from flowrl.weights.names import extents_on_disk
 from flowrl.weights.store import reading
 from flowrl.weights.tensorfile import Slot, read_header, slots_of
@@ -44,15 +47,34 @@ class _Copy(NamedTuple):
     dtype: torch.dtype
 
 
+class _Source(NamedTuple):
+    """An open file, and its bytes if they are mapped."""
+
+    fd: int
+    mapped: np.ndarray | None
+
+    def fill(self, target: torch.Tensor, begin: int) -> None:
+        """All of `target`, uint8, from the file's byte `begin` on."""
+        view = target.numpy()
+        if self.mapped is not None:
+            return np.copyto(view, self.mapped[begin : begin + len(view)])
+        rest = view.data
+        while rest:  # the kernel gives at most 2 GiB a call
+            count = os.preadv(self.fd, [rest], begin)
+            assert count, "the file ends before its header says; it was checked a moment ago"
+            rest, begin = rest[count:], begin + count
+
+
 class Loader:
     """Loads versions into one model. What is the same for all of them is worked out once."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """tensors: a state dict with `keep_vars=True`."""
+    def __init__(self, tensors: Mapping[str, torch.Tensor], keeps_mappings: bool = True) -> None:
+        """tensors: a state dict with `keep_vars=True`. keeps_mappings: of the writer's buffers, for later versions."""
         self._tensors = tensors
         self._headers: list[bytes] = []
         self._ends: list[int] = []
         self._copies: list[_Copy] = []
+        self._mappings = Mappings() if keeps_mappings else None
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
@@ -71,11 +93,15 @@ class Loader:
             for file, end in zip(opened, self._ends, strict=True):
                 if (size := os.fstat(file.fileno()).st_size) < end:
                     raise ValueError(f"weights: {file.name} has {size} bytes, and {end} by its header")
-            # The kernel copies; threads of ours only wait for it, and large models come in at the memory's speed.
+            sources = [_Source(file.fileno(), self._mapped(file.fileno(), path)) for file in opened]
+            # Threads do not hold one another up in a copy, so that large models come in at the memory's speed.
             with ThreadPoolExecutor(_NUM_THREADS) as threads:
-                list(threads.map(lambda copy: _read(opened[copy.file].fileno(), copy), self._copies))
+                list(threads.map(lambda copy: _load(sources[copy.file], copy), self._copies))
             for device in {copy.target.device for copy in self._copies if copy.target.is_cuda}:
                 torch.cuda.default_stream(device).synchronize()
+
+    def _mapped(self, fd: int, path: Path) -> np.ndarray | None:
+        return None if self._mappings is None else self._mappings.of(fd, path)
 
     def _read_headers(self, headers: list[bytes], path: Path) -> None:
         if headers == self._headers:
@@ -91,7 +117,7 @@ class Loader:
 
 def load_in_place(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """As `Loader.load`, once."""
-    Loader(tensors).load(path)
+    Loader(tensors, keeps_mappings=False).load(path)
 
 
 def places(tensors: Mapping[str, torch.Tensor], slots: Mapping[str, Slot], where: object) -> list[Place]:
@@ -125,20 +151,11 @@ def _chunks(place: Place, file: int) -> Iterator[_Copy]:
 
 
 @torch.no_grad()
-def _read(fd: int, copy: _Copy) -> None:
+def _load(source: _Source, copy: _Copy) -> None:
     target = copy.target
     if target.dtype == copy.dtype and target.device.type == "cpu":
-        return _fill(fd, target.view(torch.uint8), copy.begin)
+        return source.fill(target.view(torch.uint8), copy.begin)
     # To a GPU from pinned memory, which torch keeps and hands out again once the copy is done; there it is cast.
     staging = torch.empty(len(target), dtype=copy.dtype, pin_memory=target.is_cuda)
-    _fill(fd, staging.view(torch.uint8), copy.begin)
+    source.fill(staging.view(torch.uint8), copy.begin)
     target.copy_(staging, non_blocking=target.is_cuda)
-
-
-def _fill(fd: int, target: torch.Tensor, begin: int) -> None:
-    """All of `target`, uint8, from the file's byte `begin` on. The kernel gives at most 2 GiB a call."""
-    view = target.numpy().data
-    while view:
-        count = os.preadv(fd, [view], begin)
-        assert count, "the file ends before its header says; it was checked a moment ago"
-        view, begin = view[count:], begin + count

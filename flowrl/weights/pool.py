@@ -11,12 +11,14 @@ that would leave none stays PENDING, is replaced by a newer one, or appears as s
 from __future__ import annotations
 
 import enum
+import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flowrl.weights.buffers import Blank, Buffer
+from flowrl.weights.mappings import MappingServer
 from flowrl.weights.store import WeightStore, version_name
 
 _RETRY_S = 0.02
@@ -52,6 +54,7 @@ class BufferPool:
         self._is_closed = False
         store.prepare()
         self._create()
+        self._readers = MappingServer(store.root, self._file_of)
         self._thread = threading.Thread(target=self._tend, name="weight-buffers", daemon=True)
         self._thread.start()
 
@@ -116,11 +119,17 @@ class BufferPool:
             self._is_closed = True
             self._changed.notify_all()
         self._thread.join()
+        self._readers.close()
         for buffer, state in self._states.items():
             if state is not BufferState.VISIBLE:
                 shutil.rmtree(buffer.path)
             buffer.close()
         self._states.clear()
+
+    def _file_of(self, inode: int) -> int | None:
+        """For readers that keep a mapping of it."""
+        with self._changed:
+            return next((buffer.fd for buffer in self._states if os.fstat(buffer.fd).st_ino == inode), None)
 
     def _tend(self) -> None:
         """Makes buffers until there are enough, and shows a pending version when that has become possible."""

@@ -18,7 +18,7 @@ RACES = int(os.environ.get("FLOWRL_RACES", "1500"))
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("way", ["mapped", "read"])
+@pytest.mark.parametrize("way", ["mapped", "read", "kept"])
 def test_reader_racing_two_writing_ranks_never_sees_a_torn_version(way: str, tmp_path: Path) -> None:
     model_dir = tmp_path / "model"
     model_dir.mkdir()
@@ -41,5 +41,6 @@ def test_reader_racing_two_writing_ranks_never_sees_a_torn_version(way: str, tmp
             process.kill()
             process.communicate()
     assert reader.returncode == 0, errors
-    num_read, num_versions, _ = map(int, output.split())
+    num_read, num_versions, _, num_kept = map(int, output.split())
     assert num_read >= num_versions > RACES // 100
+    assert (num_kept > num_read // 2) == (way == "kept"), f"{num_kept} of {num_read} out of a mapping that had stayed"
