@@ -14,7 +14,8 @@ by one ZeroMQ message. For each size and number of engines, in the same processe
   bound      (c) the version's bytes once, copied by one thread from memory to memory
 
 pause: how long `publish` takes on the slower rank, beside one cast-and-copy of that rank's shard into memory that is
-warm, on both ranks at once. Medians over the rounds after two that warm up (after one, of the two slow ways).
+warm, on both ranks at once. Medians over the rounds after five that warm up, in which engines come to know all buffers (after one, of the two slow
+ways).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_RANKS = 2
-WARM_UPS = 2
+WARM_UPS = 5
 SLOW_WARM_UPS = 1
 WAYS = ("flowrl", "collective", "gather", "directory")
 SHAPES = {  # millions of parameters: hidden size, layers, intermediate size; a vocabulary of 8192, tied

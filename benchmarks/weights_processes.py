@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 NUM_RANKS = 2
-WARM_UPS = 2
+WARM_UPS = 5
 
 # A trainer rank.
 
