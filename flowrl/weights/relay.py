@@ -198,7 +198,10 @@ class Relay:
         version, waited_for, _ = self._opening
         if not answer.is_there:
             self._opening = None
-            self._newest.pop(node, None)  # until it announces the one that has replaced it
+            if self._newest.get(node, version) > version:
+                self._last = version  # it cannot be had any more; word of a newer one has come meanwhile
+            else:
+                self._newest.pop(node, None)  # until it announces the one that has replaced it
             self._tell_done(version)
             return
         waited_for.discard(node)

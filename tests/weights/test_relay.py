@@ -267,6 +267,24 @@ def test_newest_version_arrives_while_engines_hold_old_ones(tmp_path: Path) -> N
             assert nodes[1].read(11) == data.tobytes()
 
 
+def test_word_of_a_version_that_was_overtaken_does_not_hide_the_newer_one(tmp_path: Path) -> None:
+    """Node 0 has announced version 2 while its answer to a question for version 1, which is gone, was on its way."""
+    with cluster(tmp_path, WHOLE, 2) as nodes:
+        data = random_bytes()
+        publish(nodes, 0, data)
+        wait_for(nodes[1:], 0)
+        relay, nodes[0].all = nodes[1].relay, nodes[:1]
+        nodes[0].write(2, slightly_changed(data))  # of which node 1 hears in what follows
+
+        def cross() -> None:
+            relay._opening = (1, {0}, time.monotonic() + 30)
+            relay._newest[0] = 2
+            relay._hear_opened(0, Opened(version=1, is_there=False))
+
+        relay._mailbox.post(cross)
+        wait_for(nodes[1:], 2)
+
+
 def test_relay_speaks_curve_with_those_who_know_the_secret(tmp_path: Path) -> None:
     with cluster(tmp_path, WHOLE, 2, secret="one for all") as nodes:
         data = random_bytes()
