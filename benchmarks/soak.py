@@ -30,6 +30,8 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY_S = 10.0
+END_S = 600.0
+"""The run's own findings and its page are made of some hundred megabytes of events."""
 GROWTH = 1.05
 FEW = 3
 MEASURES = ("memory_mb", "descriptors", "threads")
@@ -46,7 +48,7 @@ def main() -> int:
             samples = watch(process, work, root, given.minutes * 60)
         finally:
             process.send_signal(signal.SIGTERM)
-            process.wait(60)
+            process.wait(END_S)
         updates = last_update(work)
     settled = {name: each[settled_from(each, given.settle * 60) :] for name, each in samples.items()}
     grown = [text for name, each in sorted(settled.items()) for text in growth(name, each, given.slack)]
