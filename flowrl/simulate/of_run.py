@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,7 @@ def measured_times(run: Path, batch_rows: int, micro_batch_tokens: int) -> dict[
     rows make a micro-batch. Raises ValueError for a run with too little to measure."""
     record = RunRecord.read(run)
     has_events = (run / "events.jsonl").is_file()
-    seconds = list(_response_seconds(run)) if has_events else []
+    seconds = response_seconds(run) if has_events else []
     if len(seconds) < LEAST_RESPONSES:
         raise ValueError(f"run: {str(run)!r} has {len(seconds)} responses in its events; at least {LEAST_RESPONSES}")
     busy, publishing = (record.series(f"timing_s/{name}").value for name in ("update_actor", "update_weights"))
@@ -77,11 +78,37 @@ def _seconds_to_new_weights(run: Path) -> float:
     return float(median(lags)) if lags else 0.0
 
 
-def _response_seconds(run: Path) -> Iterator[float]:
-    """From dispatch to the last token, waiting for a place in the engine included."""
-    begun = {}
+def response_seconds(run: Path) -> list[float]:
+    """From dispatch to the last token, waiting for a place in the engine included. Those that were dropped or lost
+    before their end would have taken longer than until then, so each stands for the others that did (Kaplan and Meier
+    1958, in the form of Efron 1967: what has no end is shared out among all that are longer)."""
+    begun: dict[Any, float] = {}
+    ended: list[float] = []
+    cut_off: list[float] = []
     for event in read_events(run / "events.jsonl"):
         if event.kind == "dispatched":
             begun[event.key] = event.t
-        elif event.kind == "sampled" and event.key in begun:
-            yield max(0.0, event.t - begun.pop(event.key))
+        elif event.kind in ("sampled", "dropped", "lost") and event.key in begun:
+            seconds = max(0.0, event.t - begun.pop(event.key))
+            (ended if event.kind == "sampled" else cut_off).append(seconds)
+    return shared_out(ended, cut_off)
+
+
+def shared_out(ended: Sequence[float], cut_off: Sequence[float]) -> list[float]:
+    """As many durations as both have, distributed as Kaplan and Meier estimate; what was cut off after the longest that
+    ended counts as that."""
+    if not cut_off or not ended:
+        return sorted(ended)
+    observed = sorted([(seconds, False) for seconds in ended] + [(seconds, True) for seconds in cut_off])
+    values, weights = [], []
+    share, num_left = 1.0, len(observed)
+    for seconds, is_cut_off in observed:
+        if is_cut_off and num_left > 1:
+            share *= num_left / (num_left - 1)
+        elif not is_cut_off:
+            values.append(seconds)
+            weights.append(share)
+        num_left -= 1
+    places = (np.arange(len(observed)) + 0.5) / len(observed)
+    below = np.cumsum(weights[:-1]) / len(observed)
+    return [values[at] for at in np.searchsorted(below, places)]
