@@ -24,7 +24,7 @@ from transfer_queue.rows import Column, RowKey, Rows
 from transfer_queue.server import QueueServer
 from transfer_queue.spans import Keys
 from transfer_queue.staleness import Accounts
-from transfer_queue.verbs import Taken
+from transfer_queue.steps import Taken
 from transfer_queue.wire import Reservation
 
 __all__ = [

@@ -15,7 +15,8 @@ from transfer_queue.gathering import GATHER_BYTES, Part, count_or_raise, part_of
 from transfer_queue.parts import is_small
 from transfer_queue.rows import Column, RowKey
 from transfer_queue.sockets import DEFAULT_TIMEOUT_S, DEFAULT_WAIT_S, answer_of, connect, frames_of, timeout_of
-from transfer_queue.verbs import Answer, Hear, Send, Taken, Verb, Verbs
+from transfer_queue.steps import Answer, Hear, Send, Taken, Verb
+from transfer_queue.verbs import Verbs
 
 R = TypeVar("R")
 

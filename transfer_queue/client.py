@@ -17,7 +17,8 @@ from transfer_queue.errors import QueueClosed, QueueError, QueueTimeout
 from transfer_queue.gathering import GATHER_BYTES, GATHER_ROWS, Part, count_or_raise, part_of
 from transfer_queue.rows import Column, RowKey
 from transfer_queue.sockets import DEFAULT_TIMEOUT_S, DEFAULT_WAIT_S, answer_of, connect, frames_of, timeout_of
-from transfer_queue.verbs import Answer, Hear, Send, Taken, Verb, Verbs
+from transfer_queue.steps import Answer, Hear, Send, Taken, Verb
+from transfer_queue.verbs import Verbs
 
 R = TypeVar("R")
 LINGER_S = 1e-4

@@ -18,7 +18,6 @@ from transfer_queue.cursor import Cursor
 from transfer_queue.errors import RowRefused
 from transfer_queue.lanes import Lane
 from transfer_queue.partitions import Partition, ledger_bytes
-from transfer_queue.rows import RowKey
 from transfer_queue.sampling import Basket
 from transfer_queue.spans import Span, ranges
 from transfer_queue.states import PENDING, Group, Lease, Pick, State
@@ -157,7 +156,7 @@ class Ledger:
                 raise RowRefused("keys: the same row twice in one put")
             seen[group] = before | rows
             if versions:
-                _check_versions(group, span, fresh, versions[position:end])
+                group.check_versions(span, fresh, versions[position:end])
             plan.append(Arrival(span, position, group, fresh, every))
         return plan
 
@@ -396,11 +395,3 @@ class Ledger:
         if len(self._columns) > MAX_COLUMNS:
             self._columns.difference_update(names)
             raise RowRefused(f"columns: {list(names)}; at most {MAX_COLUMNS} names")
-
-
-def _check_versions(group: Group, span: Span, fresh: int, versions: Sequence[int]) -> None:
-    if versions and min(versions) < group.version:
-        for offset, version in enumerate(versions):
-            if version < group.version and fresh >> (span.first + offset) & 1:
-                key = RowKey(span.partition, span.group, span.first + offset, span.attempt)
-                raise RowRefused(f"versions: {key} has {version}, reserved at {group.version}")

@@ -14,7 +14,8 @@ from transfer_queue.errors import QueueTimeout
 from transfer_queue.frames import pack, unpack
 from transfer_queue.rows import Column
 from transfer_queue.security import check_endpoint, secure_client
-from transfer_queue.verbs import Answer, Send, Verbs
+from transfer_queue.steps import Answer, Send
+from transfer_queue.verbs import Verbs
 
 DEFAULT_WAIT_S = 10.0
 DEFAULT_TIMEOUT_S = 30.0

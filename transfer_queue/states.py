@@ -10,6 +10,7 @@ import enum
 from collections.abc import Iterable, Iterator, Sequence
 
 from transfer_queue.contents import Contents
+from transfer_queue.errors import RowRefused
 from transfer_queue.rows import RowKey
 from transfer_queue.spans import Span, bits_between, ranges
 
@@ -158,6 +159,16 @@ class Group:
         if bits == self.all:
             return self.versions
         return [version for first, end in ranges(bits) for version in self.versions[first:end]]
+
+    def check_versions(self, span: Span, fresh: int, versions: Sequence[int]) -> None:
+        """Of rows that come, given as a span, those that are fresh. Raises RowRefused for one that is older than the
+        group's reservation."""
+        if min(versions) >= self.version:
+            return
+        for offset, version in enumerate(versions):
+            if version < self.version and fresh >> (span.first + offset) & 1:
+                key = RowKey(span.partition, span.group, span.first + offset, span.attempt)
+                raise RowRefused(f"versions: {key} has {version}, reserved at {self.version}")
 
     def finish(self, lane: int, bits: int) -> int:
         """For one consumer; the rows that no consumer needs any more now."""

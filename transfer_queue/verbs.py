@@ -1,61 +1,26 @@
 """What a client says, without a socket: each verb is a generator that yields what to send and whom to hear.
 
 It yields `Send(endpoint, request, columns)` to have a request sent (and gets None), or `Hear(ids, timeout_s)` to wait
-for the reply to any of these requests (and gets it). `client.py` drives the generators with a blocking and with an
-asyncio socket. This file also knows which shard owns a row, and what to do about an answer that came too late.
+for the reply to any of these requests (and gets it; `steps.py`). `client.py` drives the generators with a blocking
+socket, `async_client.py` with an asyncio one. This file also knows which shard owns a row, and what to do about an
+answer that came too late.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from transfer_queue import wire
 from transfer_queue.errors import QueueError, QueueTimeout, RowRefused, WireError, error_named
 from transfer_queue.frames import check_put_bytes
 from transfer_queue.gathering import Part, batches, join
 from transfer_queue.near import Near
-from transfer_queue.rows import Column, RowKey, Rows
+from transfer_queue.rows import RowKey
 from transfer_queue.segments import SharedSpace
 from transfer_queue.spans import Span, spans_of
-
-R = TypeVar("R")
-
-
-class Taken(NamedTuple):
-    """rows: none if the wait was in vain. closed: the update is full, and no more rows will come for it."""
-
-    rows: Rows
-    closed: bool
-
-
-class Answer(NamedTuple):
-    """A reply with the columns that came with it."""
-
-    id: int
-    reply: wire.Reply
-    columns: dict[str, Column]
-
-
-@dataclass(frozen=True)
-class Send:
-    endpoint: int
-    request: wire.Message
-    columns: Mapping[str, Column]
-
-
-@dataclass(frozen=True)
-class Hear:
-    """The first answer to any of these requests; by then at the latest, or QueueTimeout."""
-
-    ids: tuple[int, ...]
-    timeout_s: float
-
-
-Verb = Generator[Send | Hear, Answer | None, R]
-
+from transfer_queue.steps import Answer, Hear, Send, Taken, Verb, count_of, is_closed, merge, num_rows, spans_in
 
 CANCEL_S = 2.0
 """How long a take that has its rows waits for shards that it has told to stop waiting."""
@@ -174,8 +139,8 @@ class Verbs:
             first = yield from self._ask(0, request(0, patience_s, mine), wait_s=patience_s)
             mine = []
             answers = {0: [first]}
-            if many and (_is_closed(first) or not _num_rows(first)):
-                if _is_closed(first):
+            if many and (is_closed(first) or not num_rows(first)):
+                if is_closed(first):
                     wait_s = 0.0
                 asked = [request(endpoint, wait_s, []) for endpoint in range(len(self.endpoints))]
                 for endpoint, answer in (yield from self._race(asked, wait_s)):
@@ -185,11 +150,11 @@ class Verbs:
                 for answer in given:
                     read = self._read(endpoint, answer)
                     if read is None:
-                        yield Send(endpoint, wire.Decline(next(self._ids), consumer, _spans(answer)), {})
+                        yield Send(endpoint, wire.Decline(next(self._ids), consumer, spans_in(answer)), {})
                     else:
                         whole.append(read)
             if whole:
-                taken = _merge(whole)
+                taken = merge(whole)
                 return taken if update is None else self._without_held(taken, (incarnation, update))
 
     def _without_held(self, taken: Taken, update: tuple[int, int]) -> Taken:
@@ -231,15 +196,15 @@ class Verbs:
 
     def producer_lost(self, producer: str) -> Verb[int]:
         answers = yield from self._ask_all(lambda number: wire.ProducerLost(number, producer))
-        return sum(_count(answer) for answer in answers)
+        return sum(count_of(answer) for answer in answers)
 
     def consumer_lost(self, client: str) -> Verb[int]:
         answers = yield from self._ask_all(lambda number: wire.ConsumerLost(number, client))
-        return sum(_count(answer) for answer in answers)
+        return sum(count_of(answer) for answer in answers)
 
     def save(self, directory: str, with_rows: bool) -> Verb[int]:
         answers = yield from self._ask_all(lambda number: wire.Save(number, directory, with_rows))
-        return sum(_count(answer) for answer in answers)
+        return sum(count_of(answer) for answer in answers)
 
     def introspect(self) -> Verb[dict[str, Any]]:
         """By endpoint."""
@@ -265,7 +230,7 @@ class Verbs:
         """Asks the owners of the keys, and adds up."""
         spans = yield from self._spans_by_owner(keys)
         sends = [Send(owner, make(next(self._ids), mine), {}) for owner, mine in spans.items()]
-        return sum(_count(answer) for answer in (yield from self._ask_each(sends)))
+        return sum(count_of(answer) for answer in (yield from self._ask_each(sends)))
 
     def _ask_each(self, sends: Sequence[Send], wait_s: float = 0.0) -> Verb[list[Answer]]:
         """All are asked before any is heard, and all are heard before the first refusal is raised."""
@@ -311,11 +276,11 @@ class Verbs:
                 failure = self._failure(endpoint, answer.reply)
             else:
                 answers.append((endpoint, answer))
-            if not is_over and (failure is not None or _num_rows(answer) or _is_closed(answer)):
+            if not is_over and (failure is not None or num_rows(answer) or is_closed(answer)):
                 is_over = True
                 for target, other in waiting.items():
                     yield Send(other, wire.Cancel(next(self._ids), target), {})
-        if failure is not None and not any(_num_rows(answer) for _, answer in answers):
+        if failure is not None and not any(num_rows(answer) for _, answer in answers):
             raise failure
         return answers
 
@@ -385,34 +350,3 @@ class Verbs:
         for position, key in enumerate(keys):
             positions.setdefault(self._owner(key.group), []).append(position)
         return positions
-
-
-def _count(answer: Answer) -> int:
-    assert isinstance(answer.reply, wire.Done), f"answered by {answer.reply}"
-    return answer.reply.count
-
-
-def _spans(answer: Answer) -> list[Span]:
-    assert isinstance(answer.reply, wire.Delivered), f"a take was answered by {answer.reply}"
-    return answer.reply.spans
-
-
-def _num_rows(answer: Answer) -> int:
-    return len(answer.reply.spans) if isinstance(answer.reply, wire.Delivered) else 0
-
-
-def _is_closed(answer: Answer) -> bool:
-    return isinstance(answer.reply, wire.Delivered) and answer.reply.closed
-
-
-def _merge(answers: Sequence[Answer]) -> Taken:
-    """The rows of several shards in one."""
-    parts = [
-        Rows(answer.reply.keys, answer.columns, answer.reply.versions)
-        for answer in answers
-        if isinstance(answer.reply, wire.Delivered) and answer.reply.spans
-    ]
-    closed = any(_is_closed(answer) for answer in answers)
-    if len(parts) < 2:
-        return Taken(parts[0] if parts else Rows([], {}), closed)
-    return Taken(Rows.concatenate(parts), closed)
