@@ -58,8 +58,9 @@ def main(name: str, num_ranks: int, out: Path, how: str) -> None:
                 time.sleep(1000)
             receiver.receive(tensors)
         last = version
-        save_file({key: tensor.detach() for key, tensor in tensors.items() if key != "head.weight"}, out / "saving")
-        (out / "saving").rename(out / f"served-{name}-{version}.safetensors")
+        saving = out / f"saving-{name}"  # engines save at the same moment
+        save_file({key: tensor.detach() for key, tensor in tensors.items() if key != "head.weight"}, saving)
+        saving.rename(out / f"served-{name}-{version}.safetensors")
     receiver.close()
 
 

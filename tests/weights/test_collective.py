@@ -69,8 +69,12 @@ class Party:
     def wait(self, path: Path) -> None:
         deadline = time.monotonic() + 60
         while not path.exists():
-            assert time.monotonic() < deadline, f"waited for {path.name}; there is {sorted(os.listdir(self.out))}"
+            assert time.monotonic() < deadline, f"waited for {path.name}; there is {self._story()}"
             time.sleep(0.005)
+
+    def _story(self) -> str:
+        said = {path.name: path.read_text() for path in sorted(self.out.glob("said-*"))}
+        return f"{sorted(os.listdir(self.out))}, and processes said {said}"
 
     def assert_served(self, name: str, version: int) -> None:
         self.wait(self.out / f"served-{name}-{version}.safetensors")
