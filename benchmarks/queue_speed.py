@@ -55,8 +55,16 @@ Columns = dict[str, Column]
 Figures = dict[str, Any]
 
 
-def arrays(rows: int = ROWS, length: int = LENGTH) -> dict[str, np.ndarray]:
+def arrays(rows: int = ROWS, length: int = LENGTH, is_wide: bool = False) -> dict[str, np.ndarray]:
+    """is_wide: integers of which none fits into a narrower type."""
     draw = np.random.default_rng(0)
+    if is_wide:
+        whole = (draw.integers(-(2**63), 2**63 - 1, (rows, length)) for _ in range(2))
+        return {
+            "tokens": next(whole),
+            "logprobs": draw.standard_normal((rows, length), np.float32),
+            "mask": next(whole),
+        }
     return {
         "tokens": draw.integers(0, 150_000, (rows, length), dtype=np.int64),
         "logprobs": draw.standard_normal((rows, length), dtype=np.float32),
@@ -64,9 +72,9 @@ def arrays(rows: int = ROWS, length: int = LENGTH) -> dict[str, np.ndarray]:
     }
 
 
-def columns(rows: int = ROWS, length: int = LENGTH) -> Columns:
+def columns(rows: int = ROWS, length: int = LENGTH, is_wide: bool = False) -> Columns:
     offsets = np.arange(rows + 1, dtype=np.int64) * length
-    return {name: Column(array.reshape(-1), offsets) for name, array in arrays(rows, length).items()}
+    return {name: Column(array.reshape(-1), offsets) for name, array in arrays(rows, length, is_wide).items()}
 
 
 # Processes
@@ -153,8 +161,12 @@ def wait_for_end(pipe: Any) -> None:
 # What a producer and a consumer do
 
 
-def produce(endpoint: str, shares_memory: bool, batches: int, pipe: Any) -> None:
-    batch = columns()
+def produce_wide(endpoint: str, shares_memory: bool, batches: int, pipe: Any) -> None:
+    produce(endpoint, shares_memory, batches, pipe, is_wide=True)
+
+
+def produce(endpoint: str, shares_memory: bool, batches: int, pipe: Any, is_wide: bool = False) -> None:
+    batch = columns(is_wide=is_wide)
     with QueueClient(endpoint, shares_memory=shares_memory) as client:
         client.announce("p", 0)
         pipe.recv()
@@ -236,21 +248,21 @@ def end_to_end(producer: Callable[..., None], consumer: Callable[..., None], *ar
 def throughput(results: Figures, directory: str, peer_python: str | None) -> None:
     """Medians of rounds in which all take turns, because what a machine can do changes from minute to minute."""
     for kind in ("ipc", "tcp"):
-        rates: dict[str, list[float]] = {"broker": [], "bounded_broker": [], "ours": []}
+        rates: dict[str, list[float]] = {"broker": [], "bounded_broker": [], "ours": [], "ours_wide": []}
         for number, name in itertools.product(range(ROUNDS), rates):
             endpoint = f"ipc://{directory}/{name}{number}" if kind == "ipc" else "tcp://127.0.0.1:*"
-            if name == "ours":
-                near = kind == "ipc"
+            if name.startswith("ours"):
+                near, producer = kind == "ipc", produce if name == "ours" else produce_wide
                 with process(_serve_bounded, tuple(columns(1)), endpoint) as (_, address, _):
-                    rates[name].append(end_to_end(produce, consume, address, near, batches=BATCHES))
+                    rates[name].append(end_to_end(producer, consume, address, near, batches=BATCHES))
             else:
                 with process(broker if name == "broker" else _bounded_broker, endpoint) as (_, address, _):
                     rates[name].append(end_to_end(produce_raw, consume_raw, address, batches=BATCHES))
         for name, measured in rates.items():
             results[f"{name}_{kind}_MB_s"] = statistics.median(measured)
             results[f"{name}_{kind}_least"], results[f"{name}_{kind}_most"] = min(measured), max(measured)
-        for name in ("broker", "bounded_broker"):
-            ratio(results, f"ours/{name}_{kind}", f"ours_{kind}_MB_s", f"{name}_{kind}_MB_s")
+        for ours, name in itertools.product(("ours", "ours_wide"), ("broker", "bounded_broker")):
+            ratio(results, f"{ours}/{name}_{kind}", f"{ours}_{kind}_MB_s", f"{name}_{kind}_MB_s")
     if peer_python is not None:
         # From a folder of its own, and without our path: Ray's workers would find our `transfer_queue`.
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -350,7 +362,7 @@ def many_columns(results: Figures, directory: str) -> None:
         names = tuple(f"c{index}" for index in range(count))
         length = ROWS * ROW_BYTES // ROWS // 8 // count
         offsets = np.arange(ROWS + 1, dtype=np.int64) * length
-        batch = {name: Column(np.ones(ROWS * length, np.int64), offsets) for name in names}
+        batch = {name: Column(np.ones(ROWS * length), offsets) for name in names}
         with (
             process(_serve_default, names, f"ipc://{directory}/c{count}") as (_, address, _),
             QueueClient(address) as client,
@@ -412,7 +424,7 @@ def memory(results: Figures, directory: str) -> None:
         QueueClient(address) as client,
     ):
         client.announce("p", 0)
-        batch, keys = columns(), []
+        batch, keys = columns(is_wide=True), []
         for _ in range(100):
             keys.append(reserve(client, ROWS))
             client.put(keys[-1], batch)

@@ -1,7 +1,8 @@
 """How columns become frames and come back: one contiguous buffer a column, and one of offsets where rows differ in
 length.
 
-Sizes, dtypes and offsets are checked before anything is allocated for them. Nothing is copied either way.
+Sizes, dtypes and offsets are checked before anything is allocated for them. Nothing is copied either way but integers
+that are made narrow.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import numpy as np
 
 from transfer_queue.config import MAX_COLUMNS
 from transfer_queue.errors import RowRefused, WireError
+from transfer_queue.narrow import may_stand_for, narrowed
 from transfer_queue.rows import Array, Column
 from transfer_queue.wire import ColumnHeader, Placed
 
@@ -32,10 +34,13 @@ def pack(columns: Mapping[str, Column]) -> tuple[list[ColumnHeader], list[memory
     headers = []
     frames = []
     for name, column in columns.items():
-        dtype = travelling(name, column.values.dtype)
+        dtype = travelling(name, column.dtype)
         offsets = offsets_to_send(column)
-        headers.append(ColumnHeader(name, name_of(dtype), bool(len(offsets))))
-        frames.append(_bytes_of(column.values, dtype))
+        column = narrowed(column)
+        headers.append(
+            ColumnHeader(name, name_of(dtype), bool(len(offsets)), name_if_narrow(column.values.dtype, dtype))
+        )
+        frames.append(_bytes_of(column.values, column.values.dtype.newbyteorder("<")))
         if len(offsets):
             frames.append(_bytes_of(offsets, OFFSETS))
     return headers, frames
@@ -53,6 +58,19 @@ def name_of(dtype: np.dtype) -> str:
     return _NAMES[dtype]
 
 
+def name_if_narrow(values: np.dtype, dtype: np.dtype) -> str:
+    return "" if values == dtype else name_of(values)
+
+
+def bytes_of(name: str, dtype: str, narrow: str) -> np.dtype:
+    """The type of a column's bytes. Raises WireError for what cannot be."""
+    known = DTYPES.get(dtype)
+    given = DTYPES.get(narrow) if narrow else known
+    if known is None or given is None or not may_stand_for(given, known):
+        raise WireError(f"column {name!r}: {narrow or dtype!r} does not stand for {dtype!r} here")
+    return given
+
+
 def offsets_to_send(column: Column) -> Array:
     """None, if every row has one value."""
     is_scalar = len(column.values) == len(column) and bool((column.offsets == scalar_offsets(len(column))).all())
@@ -61,7 +79,8 @@ def offsets_to_send(column: Column) -> Array:
 
 def num_bytes(placed: Placed) -> int:
     """Of the values, as far as their dtypes are known here."""
-    return sum(place.num_values * DTYPES[place.dtype].itemsize for place in placed.columns if place.dtype in DTYPES)
+    dtypes = [(place.num_values, DTYPES.get(place.narrow or place.dtype)) for place in placed.columns]
+    return sum(count * dtype.itemsize for count, dtype in dtypes if dtype is not None)
 
 
 def check_put_bytes(num_bytes: int, limit: int) -> None:
@@ -86,12 +105,12 @@ def unpack(headers: Sequence[ColumnHeader], frames: Sequence[memoryview], num_ro
     for header in headers:
         if header.dtype not in DTYPES or header.name in columns:
             raise WireError(f"column {header.name!r} of dtype {header.dtype!r}: twice there, or of no known dtype")
-        values = _array(header.name, next(rest), DTYPES[header.dtype])
+        values = _array(header.name, next(rest), bytes_of(header.name, header.dtype, header.narrow))
         frame = next(rest) if header.ragged else None
         if frame is None or frame is not last or len(values) != last_length:  # or else they have been checked
             offsets = _array(header.name, frame, OFFSETS) if frame is not None else scalar_offsets(num_rows)
             check_offsets(header.name, offsets, len(values), num_rows)
-        columns[header.name] = Column(values, offsets)
+        columns[header.name] = Column.checked(values, offsets, DTYPES[header.dtype])
         last, last_length = frame, len(values)
     return columns
 

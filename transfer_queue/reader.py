@@ -72,4 +72,4 @@ def _copy(segments: Sequence[Segment], reply: wire.Delivered, buffers: Buffers) 
                 Column.empty_rows(end - first, dtypes[name]) if at < 0 else parcels[at][name].slice(first, end)
                 for at, first, end in runs
             ]
-    return concatenate(parts, buffers.take)
+    return concatenate(parts, buffers.take, is_wide=True)

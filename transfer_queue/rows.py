@@ -21,9 +21,10 @@ class Column:
     """Rows of one column: `values[offsets[i]:offsets[i + 1]]` is row i.
 
     values: 1-D array of any whitelisted dtype, C-contiguous. offsets: int64, shape (rows + 1,), from 0 to len(values).
+    dtype: that of the values, or what they stand for while they are narrow (`narrow.py`).
     """
 
-    __slots__ = ("offsets", "values")
+    __slots__ = ("dtype", "offsets", "values")
 
     def __init__(self, values: Array, offsets: Array) -> None:
         if values.ndim != 1:
@@ -32,13 +33,15 @@ class Column:
             raise ValueError(f"offsets: must run from 0 to {len(values)}, got {offsets[:3]}…{offsets[-1:]}")
         self.values = values
         self.offsets = offsets
+        self.dtype = values.dtype
 
     @classmethod
-    def checked(cls, values: Array, offsets: Array) -> Column:
+    def checked(cls, values: Array, offsets: Array, dtype: np.dtype | None = None) -> Column:
         """Of what is known to fit together."""
         column = cls.__new__(cls)
         column.values = values
         column.offsets = offsets
+        column.dtype = values.dtype if dtype is None else dtype
         return column
 
     @classmethod
@@ -82,7 +85,8 @@ class Column:
         if first == 0 and end == len(self):
             return self
         offsets = self.offsets[first : end + 1]
-        return Column.checked(self.values[offsets[0] : offsets[-1]], offsets - offsets[0] if offsets[0] else offsets)
+        values = self.values[offsets[0] : offsets[-1]]
+        return Column.checked(values, offsets - offsets[0] if offsets[0] else offsets, self.dtype)
 
     @property
     def lengths(self) -> Array:
@@ -96,21 +100,36 @@ class Column:
         return Column.ragged([self[index] for index in indices], self.values.dtype.str)
 
 
+def _empty(num_bytes: int) -> Array:
+    return np.empty(num_bytes, np.uint8)
+
+
 def concatenate(
-    parts: Mapping[str, Sequence[Column]], memory: Callable[[int], Array] | None = None
+    parts: Mapping[str, Sequence[Column]], memory: Callable[[int], Array] = _empty, is_wide: bool = False
 ) -> dict[str, Column]:
     """A copy of all rows of each column; where the parts of columns share their offsets, so do the copies. memory: of
-    so many bytes, uint8, for the values."""
+    so many bytes, uint8, for the values. is_wide: narrow columns become what they stand for; or else they stay as
+    narrow as their widest part."""
     joined = {}
     offsets, sources = np.zeros(1, dtype=np.int64), [np.zeros(0)]
     for name, columns in parts.items():
         values = [column.values for column in columns]
-        out = memory(sum(map(_nbytes, values))).view(values[0].dtype) if memory is not None else None
+        dtype = columns[0].dtype if is_wide else _widest(values)
+        out = memory(sum(map(len, values)) * dtype.itemsize).view(dtype)
         others, sources = sources, [column.offsets for column in columns]
         if len(others) != len(sources) or not all(map(is_, others, sources)):
             offsets = _joined(sources)
-        joined[name] = Column.checked(np.concatenate(values, out=out), offsets)
+        joined[name] = Column.checked(np.concatenate(values, out=out), offsets, columns[0].dtype)
     return joined
+
+
+def _widest(arrays: Sequence[Array]) -> np.dtype:
+    """Of types of one kind. Where nothing is, its type does not matter."""
+    dtype = arrays[0].dtype
+    if all(array.dtype is dtype for array in arrays):
+        return dtype
+    dtypes = {array.dtype for array in arrays if len(array)} or {dtype}
+    return max(dtypes, key=_itemsize)
 
 
 def _joined(offsets: Sequence[Array]) -> Array:
@@ -121,7 +140,7 @@ def _joined(offsets: Sequence[Array]) -> Array:
     return found
 
 
-_nbytes = attrgetter("nbytes")
+_itemsize = attrgetter("itemsize")
 
 
 class Rows:

@@ -29,15 +29,14 @@ from transfer_queue.staleness import Accounts, tally
 from transfer_queue.storage import Storage
 from transfer_queue.wire import ColumnHeader
 
-MAGIC = b"queue\x00\x00\x01"
+MAGIC = b"queue\x00\x00\x02"
 _HEAD = struct.Struct("<QI")
 
 
 class SavedColumn(msgspec.Struct, frozen=True, array_like=True):
     """The rows of these spans, in their order. sizes: bytes of the values, and of the offsets where rows differ."""
 
-    name: str
-    dtype: str
+    header: ColumnHeader
     spans: list[Span]
     sizes: list[int]
     checksum: int
@@ -71,7 +70,7 @@ def save(
             checksum = 0
             for part in parts:
                 checksum = zlib.crc32(part, checksum)
-            columns.append(SavedColumn(name, header.dtype, spans, [part.nbytes for part in parts], checksum))
+            columns.append(SavedColumn(header, spans, [part.nbytes for part in parts], checksum))
             buffers += parts
     records = [group_record(ledger, group, None) for group in groups]
     kept = {group.identity for group in groups}
@@ -129,7 +128,7 @@ class SavedQueue:
                 file.seek(len(MAGIC))
                 file.seek(_HEAD.unpack(file.read(_HEAD.size))[0], os.SEEK_CUR)
                 for saved in shard.columns:
-                    yield saved.spans, saved.name, _read_column(path, file, saved)
+                    yield saved.spans, saved.header.name, _read_column(path, file, saved)
 
     def partition(self, name: str, first_group: int, group_stride: int) -> PartitionRecord:
         """For one shard of the new queue. A shard of the old one may have lagged behind the others with its numbers."""
@@ -221,6 +220,6 @@ def _read_column(path: Path, file: BinaryIO, saved: SavedColumn) -> Column:
     for part in parts:
         checksum = zlib.crc32(part, checksum)
     if checksum != saved.checksum:
-        raise ValueError(f"restore_dir: {path} is not whole: column {saved.name!r}")
-    header = ColumnHeader(saved.name, saved.dtype, len(parts) > 1)
-    return unpack([header], [memoryview(part) for part in parts], sum(map(len, saved.spans)))[saved.name]
+        raise ValueError(f"restore_dir: {path} is not whole: column {saved.header.name!r}")
+    columns = unpack([saved.header], [memoryview(part) for part in parts], sum(map(len, saved.spans)))
+    return columns[saved.header.name]

@@ -17,6 +17,7 @@ from transfer_queue import frames, wire
 from transfer_queue.buffers import Buffers
 from transfer_queue.errors import QueueError, RowRefused
 from transfer_queue.heap import Heap
+from transfer_queue.narrow import widened
 from transfer_queue.parcels import GroupId, Parcel, Piece
 from transfer_queue.rows import Column, concatenate
 from transfer_queue.spans import Span, ranges
@@ -87,7 +88,7 @@ class Storage:
     def check(self, columns: Mapping[str, Column]) -> None:
         """A column has one dtype, that of its first put."""
         for name, column in columns.items():
-            known, dtype = self._dtypes.get(name), column.values.dtype
+            known, dtype = self._dtypes.get(name), column.dtype
             if known is None:
                 frames.travelling(name, dtype)
             elif known != dtype:
@@ -120,7 +121,7 @@ class Storage:
     def _settle(self, parcel: Parcel, rows: Sequence[tuple[Span, int]]) -> None:
         for name, column in parcel.columns.items():
             if name not in self._dtypes:
-                self._dtypes[name] = column.values.dtype
+                self._dtypes[name] = column.dtype
         for span, position in rows:
             group, first, end = span.identity, span.first, span.end
             shelf = self._shelves.get(group)
@@ -169,7 +170,7 @@ class Storage:
                 parcel.num_live += stop - start
                 parcel.live_bytes += parcel.bytes_between(at, at + stop - start)
             for name, column in parcel.columns.items():
-                self._dtypes.setdefault(name, column.values.dtype)
+                self._dtypes.setdefault(name, column.dtype)
 
     def end_recovery(self, next_parcel: int) -> None:
         """What no row lies in goes."""
@@ -185,6 +186,7 @@ class Storage:
             if any(run.parcel is None for run in runs) or name not in self._dtypes:
                 return False
             mine = Column.concatenate([_part(run, name, self._dtypes[name]) for run in runs])
+            mine, column = widened(mine, self._buffers.take), widened(column, self._buffers.take)
             if not (np.array_equal(mine.offsets, column.offsets) and mine.values.tobytes() == column.values.tobytes()):
                 return False
         return True
@@ -198,7 +200,8 @@ class Storage:
             for name in group:
                 found = [_part(run, name, self._dtypes[name]) for run in runs]
                 if len(found) == 1 and runs[0].parcel is not None and found[0].nbytes >= LENT_BYTES:
-                    lent[name] = Column(runs[0].parcel.held.segment.lend(found[0].values), found[0].offsets.copy())
+                    values = runs[0].parcel.held.segment.lend(found[0].values)
+                    lent[name] = Column.checked(values, found[0].offsets.copy(), found[0].dtype)
                 else:
                     parts[name] = found
         return {**lent, **concatenate(parts, self._buffers.take)}

@@ -13,9 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from transfer_queue import wire
+from transfer_queue.buffers import Buffers
 from transfer_queue.errors import QueueError, QueueTimeout, RowRefused, WireError, error_named
 from transfer_queue.frames import check_put_bytes
 from transfer_queue.gathering import Part, batches, join
+from transfer_queue.narrow import widened
 from transfer_queue.near import Near
 from transfer_queue.rows import RowKey
 from transfer_queue.segments import SharedSpace
@@ -40,6 +42,7 @@ class Verbs:
         self._stride = 0
         self._owners: dict[int, int] = {}
         self._near: dict[int, Near] = {}
+        self._buffers = Buffers()
         self._held: tuple[tuple[int, int], set[Span]] = ((-1, -1), set())
         self._max_put_bytes: dict[int, int] = {}
         self._abandoned: dict[int, Send] = {}
@@ -171,11 +174,13 @@ class Verbs:
         return Taken(taken.rows.select(fresh), taken.closed)
 
     def _read(self, endpoint: int, answer: Answer) -> Answer | None:
-        """With its columns, copied out of shared memory; None if they were moved before they could be."""
+        """With its columns as they were put, out of shared memory or out of the answer; None if they were moved before
+        they could be copied."""
         if not isinstance(answer.reply, wire.Delivered) or not answer.reply.placed:
-            return answer
-        columns = self._near[endpoint].reader.read(answer.reply)
-        return None if columns is None else answer._replace(columns=columns)
+            columns = {name: widened(column, self._buffers.take) for name, column in answer.columns.items()}
+            return answer._replace(columns=columns)
+        read = self._near[endpoint].reader.read(answer.reply)
+        return None if read is None else answer._replace(columns=read)
 
     def ack(self, consumer: str, keys: Sequence[RowKey]) -> Verb[int]:
         return (yield from self._count_each(keys, lambda number, spans: wire.Ack(number, consumer, spans)))

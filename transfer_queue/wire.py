@@ -15,7 +15,7 @@ import msgspec
 from transfer_queue.errors import WireError
 from transfer_queue.spans import Keys, Span
 
-MAGIC = b"flowrl-queue\x02"
+MAGIC = b"flowrl-queue\x03"
 MAX_HEADER_BYTES = 64 << 20
 
 
@@ -24,19 +24,24 @@ class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class ColumnHeader(msgspec.Struct, frozen=True, array_like=True):
+    """narrow: the type that the bytes are of, where it is not `dtype` itself."""
+
     name: str
     dtype: str
     ragged: bool
+    narrow: str = ""
 
 
 class ColumnPlace(msgspec.Struct, frozen=True, array_like=True):
-    """Where a column lies in a segment, in bytes from its start. offsets_at: 0 where every row has one value."""
+    """Where a column lies in a segment, in bytes from its start. offsets_at: 0 where every row has one value. narrow:
+    the type that lies there, where it is not `dtype` itself."""
 
     name: str
     dtype: str
     num_values: int
     values_at: int
     offsets_at: int
+    narrow: str = ""
 
 
 class Placed(msgspec.Struct, frozen=True, array_like=True):
@@ -281,7 +286,7 @@ def _decode(decoder: msgspec.msgpack.Decoder, header: memoryview) -> Any:
     if len(header) > MAX_HEADER_BYTES:
         raise WireError(f"header of {len(header)} bytes; at most {MAX_HEADER_BYTES}")
     if header[: len(MAGIC)] != MAGIC:
-        raise WireError("this is not protocol version 2 of the queue")
+        raise WireError(f"this is not protocol version {MAGIC[-1]} of the queue")
     try:
         return decoder.decode(header[len(MAGIC) :])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

@@ -13,6 +13,7 @@ import numpy as np
 
 from transfer_queue import frames, wire
 from transfer_queue.errors import RowRefused, WireError
+from transfer_queue.narrow import narrowest
 from transfer_queue.rows import Array, Column
 from transfer_queue.segments import HEADER_BYTES, PrivateSpace, Segment, SharedSpace
 
@@ -36,9 +37,10 @@ class _Page:
     def append(self, array: Array, dtype: np.dtype) -> int:
         """Where it begins."""
         at = self.end
-        if array.nbytes:
-            self.segment.bytes[at : at + array.nbytes].view(dtype)[:] = array
-        self.end = _aligned(at + array.nbytes)
+        end = at + len(array) * dtype.itemsize
+        if len(array):
+            self.segment.bytes[at:end].view(dtype)[:] = array
+        self.end = _aligned(end)
         return at
 
 
@@ -56,17 +58,27 @@ class SegmentWriter:
 
     def write(self, columns: Mapping[str, Column]) -> tuple[Segment, list[wire.ColumnPlace]]:
         """Copies the columns into a segment; where they are now. Raises QueueError where there is no room."""
-        flat = [(name, column.values, frames.offsets_to_send(column)) for name, column in columns.items()]
-        dtypes = [frames.travelling(name, values.dtype) for name, values, _ in flat]
-        page = self._page_for(sum(_aligned(values.nbytes) + _aligned(offsets.nbytes) for _, values, offsets in flat))
+        flat = [
+            (name, column, frames.travelling(name, column.dtype), narrowest(column), frames.offsets_to_send(column))
+            for name, column in columns.items()
+        ]
+        page = self._page_for(
+            sum(
+                _aligned(len(column.values) * kept.itemsize) + _aligned(offsets.nbytes)
+                for _, column, _, kept, offsets in flat
+            )
+        )
         places = []
         offsets_at, last = 0, None
-        for (name, values, offsets), dtype in zip(flat, dtypes, strict=True):
-            values_at = page.append(values, dtype)
+        for name, column, dtype, kept, offsets in flat:
+            values_at = page.append(column.values, kept.newbyteorder("<"))
             if offsets is not last:  # columns of equal lengths often share them
                 offsets_at = page.append(offsets, frames.OFFSETS) if len(offsets) else 0
                 last = offsets
-            places.append(wire.ColumnPlace(name, frames.name_of(dtype), len(values), values_at, offsets_at))
+            narrow = frames.name_if_narrow(kept, dtype)
+            places.append(
+                wire.ColumnPlace(name, frames.name_of(dtype), len(column.values), values_at, offsets_at, narrow)
+            )
         name = page.segment.name
         self._puts[name] = self._puts.get(name, 0) + 1
         if page is not self._open:
@@ -127,7 +139,8 @@ def view(segment: Segment, places: Sequence[wire.ColumnPlace], num_rows: int) ->
             raise RowRefused(f"columns: {place.name!r} is {place.dtype}; what travels is {', '.join(frames.DTYPES)}")
         if place.name in columns:
             raise WireError(f"column {place.name!r}: twice there")
-        values = _array(segment, place, place.values_at, place.num_values, dtype)
+        kept = frames.bytes_of(place.name, place.dtype, place.narrow)
+        values = _array(segment, place, place.values_at, place.num_values, kept)
         shape = (place.offsets_at, place.num_values)
         if shape not in checked:
             given = place.offsets_at != 0
@@ -138,7 +151,7 @@ def view(segment: Segment, places: Sequence[wire.ColumnPlace], num_rows: int) ->
             )
             frames.check_offsets(place.name, offsets, place.num_values, num_rows)
             checked[shape] = offsets
-        columns[place.name] = Column.checked(values, checked[shape])
+        columns[place.name] = Column.checked(values, checked[shape], dtype)
     return columns
 
 

@@ -27,7 +27,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path):
 
 
 def batch(value: int, num_bytes: int = 2 * SHARED_PUT_BYTES) -> dict[str, Column]:
-    values = np.full(num_bytes // 8, value, np.int64)
+    values = np.full(num_bytes // 8, value, np.float64)
     return {"x": Column(values, np.arange(5, dtype=np.int64) * (len(values) // 4))}
 
 
@@ -35,7 +35,7 @@ def test_a_large_column_is_lent_and_its_segment_comes_back_once_it_is_sent(stora
     storage.store([(ROWS, 0)], batch(1))  # so large that each has a segment of its own
     segment = next(storage.parcels()).held.segment
     frames = pack(storage.gather([ROWS], ["x"]))[1]
-    values = np.frombuffer(frames[0], np.int64)
+    values = np.frombuffer(frames[0], np.float64)
     assert np.shares_memory(values, segment.bytes), "not copied"
     storage.free([(GROUP, 0b1111)])
     storage.store([(Span("train", 1, 0, 0, 4), 0)], batch(2))
