@@ -42,7 +42,7 @@ from transfer_queue import (
 )
 from transfer_queue.spans import Span
 
-ROWS, LENGTH, BATCHES, ROUNDS = 256, 1024, 400, 5
+ROWS, LENGTH, BATCHES, ROUNDS = 256, 1024, 1000, 5
 HELD_BATCHES = 12
 """End to end, the most that the queue and the bounded broker hold before they keep the producer waiting."""
 RESERVED_BATCHES = 3
@@ -373,7 +373,7 @@ def many_columns(results: Figures, directory: str) -> None:
                 client.put(reserve(client, ROWS), batch)
                 client.ack("train", client.take("train", ROWS).rows.keys)
 
-            results[f"columns_{count}_MB_s"] = ROWS * length * count * 8 / 1e6 / median_s(once, 150)
+            results[f"columns_{count}_MB_s"] = ROWS * length * count * 8 / 1e6 / median_s(once, 300)
     rates = [results[f"columns_{count}_MB_s"] for count in (1, 2, 4, 8, 16, 32)]
     results["columns_slowest/fastest"] = min(rates) / max(rates)
 

@@ -5,7 +5,8 @@
 The quickstart without an end; every ten seconds each of its processes is looked at. The verdict compares, for each
 process, the first third of the time after --settle with the last third: a median that grew by more than 5 % and by more
 than --slack MiB of memory, or by more than 3 descriptors or threads, is named. Shared memory is what lies in the
-session directory. Exit code 1 if anything grew.
+session directory. Memory is what a process has of its own or in shared memory (RssAnon and RssShmem): pages of files,
+such as libraries, come and go with what else runs on the machine. Exit code 1 if anything grew.
 """
 
 from __future__ import annotations
@@ -101,15 +102,20 @@ def watch(process: subprocess.Popen[bytes], work: Path, root: Path, seconds: flo
             try:
                 samples[name_of(each)].append({
                     "t": passed,
-                    "memory_mb": each.memory_full_info().uss / 2**20,
+                    "memory_mb": memory_of(each.pid) / 2**20,
                     "descriptors": each.num_fds(),
                     "threads": each.num_threads(),
                 })  # fmt: skip
-            except psutil.Error:  # it ended between being listed and being looked at
+            except (psutil.Error, FileNotFoundError, ProcessLookupError):  # it ended since it was listed
                 continue
         samples["session directory"].append({"t": passed, "memory_mb": size_of(root) / 2**20})
         time.sleep(EVERY_S)
     return dict(samples)
+
+
+def memory_of(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return sum(int(kilobytes) << 10 for kilobytes in re.findall(r"^Rss(?:Anon|Shmem):\s+(\d+) kB", status, re.M))
 
 
 def name_of(process: psutil.Process) -> str:

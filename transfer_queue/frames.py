@@ -1,8 +1,7 @@
 """How columns become frames and come back: one contiguous buffer a column, and one of offsets where rows differ in
 length.
 
-Sizes, dtypes and offsets are checked before anything is allocated for them. Nothing is copied either way but integers
-that are made narrow.
+Sizes, dtypes and offsets are checked before anything is allocated for them. Nothing is copied either way.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import numpy as np
 
 from transfer_queue.config import MAX_COLUMNS
 from transfer_queue.errors import RowRefused, WireError
-from transfer_queue.narrow import may_stand_for, narrowed
+from transfer_queue.narrow import may_stand_for
 from transfer_queue.rows import Array, Column
 from transfer_queue.wire import ColumnHeader, Placed
 
@@ -36,7 +35,6 @@ def pack(columns: Mapping[str, Column]) -> tuple[list[ColumnHeader], list[memory
     for name, column in columns.items():
         dtype = travelling(name, column.dtype)
         offsets = offsets_to_send(column)
-        column = narrowed(column)
         headers.append(
             ColumnHeader(name, name_of(dtype), bool(len(offsets)), name_if_narrow(column.values.dtype, dtype))
         )

@@ -16,6 +16,7 @@ from transfer_queue.rows import Array, Column
 
 NARROW_BYTES = 32 << 10
 """Of values; smaller columns stay as they are."""
+_FEW = 64
 _NARROWER = {
     np.dtype(wide): [np.dtype(narrow) for narrow in narrower]
     for wide, narrower in {
@@ -31,6 +32,11 @@ def narrowest(column: Column) -> np.dtype:
     values = column.values
     if values.nbytes < NARROW_BYTES or values.dtype != column.dtype or values.dtype not in _NARROWER:
         return values.dtype
+    few = values[:: len(values) // _FEW]  # if these do not fit already, the others need no look
+    return values.dtype if _fitting(few) == values.dtype else _fitting(values)
+
+
+def _fitting(values: Array) -> np.dtype:
     least, most = int(values.min()), int(values.max())
     for dtype in _NARROWER[values.dtype]:
         if _MOST[dtype][0] <= least and most <= _MOST[dtype][1]:
@@ -51,7 +57,7 @@ def narrowed(column: Column) -> Column:
 
 
 def widened(column: Column, memory: Callable[[int], Array]) -> Column:
-    """With values of the type it stands for, which is a copy if it was narrow. memory: of so many bytes, uint8."""
+    """With values of the type it stands for: a copy, if it was narrow. memory: of so many bytes, uint8."""
     if column.values.dtype == column.dtype:
         return column
     values = memory(len(column.values) * column.dtype.itemsize).view(column.dtype)

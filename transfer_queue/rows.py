@@ -108,18 +108,25 @@ def concatenate(
     parts: Mapping[str, Sequence[Column]], memory: Callable[[int], Array] = _empty, is_wide: bool = False
 ) -> dict[str, Column]:
     """A copy of all rows of each column; where the parts of columns share their offsets, so do the copies. memory: of
-    so many bytes, uint8, for the values. is_wide: narrow columns become what they stand for; or else they stay as
-    narrow as their widest part."""
-    joined = {}
-    offsets, sources = np.zeros(1, dtype=np.int64), [np.zeros(0)]
+    so many bytes, uint8, for the values of all, which asking once for each would take longer than copying small ones.
+    is_wide: narrow columns become what they stand for; or else they stay as narrow as their widest part."""
+    flat = []
+    end = 0
     for name, columns in parts.items():
         values = [column.values for column in columns]
         dtype = columns[0].dtype if is_wide else _widest(values)
-        out = memory(sum(map(len, values)) * dtype.itemsize).view(dtype)
+        first, end = end, end + sum(map(len, values)) * dtype.itemsize
+        flat.append((name, columns, values, dtype, first, end))
+        end += -end % _ALIGNMENT
+    room = memory(end)
+    joined = {}
+    offsets, sources = np.zeros(1, dtype=np.int64), [np.zeros(0)]
+    for name, columns, values, dtype, first, after in flat:
         others, sources = sources, [column.offsets for column in columns]
         if len(others) != len(sources) or not all(map(is_, others, sources)):
             offsets = _joined(sources)
-        joined[name] = Column.checked(np.concatenate(values, out=out), offsets, columns[0].dtype)
+        out = np.concatenate(values, out=room[first:after].view(dtype))
+        joined[name] = Column.checked(out, offsets, columns[0].dtype)
     return joined
 
 
@@ -141,6 +148,7 @@ def _joined(offsets: Sequence[Array]) -> Array:
 
 
 _itemsize = attrgetter("itemsize")
+_ALIGNMENT = 64
 
 
 class Rows:

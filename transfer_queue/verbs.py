@@ -17,7 +17,7 @@ from transfer_queue.buffers import Buffers
 from transfer_queue.errors import QueueError, QueueTimeout, RowRefused, WireError, error_named
 from transfer_queue.frames import check_put_bytes
 from transfer_queue.gathering import Part, batches, join
-from transfer_queue.narrow import widened
+from transfer_queue.narrow import narrowed, widened
 from transfer_queue.near import Near
 from transfer_queue.rows import RowKey
 from transfer_queue.segments import SharedSpace
@@ -101,10 +101,13 @@ class Verbs:
     def _put_to(self, owner: int, part: Part) -> Send:
         """Written into the shard's memory, if that is near."""
         near = self._near.get(owner)
-        placed = near.write(part.columns, len(part.keys)) if near is not None else None
         versions = [int(version) for version in part.versions]
-        request = wire.Put(next(self._ids), spans_of(part.keys), [], versions, placed)
-        return Send(owner, request, part.columns if placed is None else {})
+        placed, columns = None, {}
+        if near is not None:
+            placed = near.write(part.columns, len(part.keys))
+        else:
+            columns = {name: narrowed(column) for name, column in part.columns.items()}
+        return Send(owner, wire.Put(next(self._ids), spans_of(part.keys), [], versions, placed), columns)
 
     def take(
         self,

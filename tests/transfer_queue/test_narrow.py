@@ -73,7 +73,7 @@ def test_what_was_narrow_comes_back_through_frames_segments_and_joins(given: lis
     given = [one for one in given if one.dtype == given[0].dtype]
     storage = Storage(PrivateSpace())
     for group, one in enumerate(given):
-        headers, frames = pack({"x": one})
+        headers, frames = pack({"x": narrowed(one)})
         arrived = unpack(headers, frames, len(one))
         assert arrived["x"].values.nbytes == sum(map(len, frames[:1])) <= one.values.nbytes
         storage.store([(Span("train", group, 0, 0, len(one)), 0)], arrived)
