@@ -107,6 +107,13 @@ def herald(context: WorkerContext) -> None:
     context.stopping.wait()
 
 
+def last_version(context: WorkerContext) -> None:
+    """Ends once the herald has announced all its versions."""
+    heard = threading.Event()
+    context.on("version", lambda payload: heard.set() if payload == {"version": 2} else None)
+    assert heard.wait(20), "the herald has not announced version 2"
+
+
 def late_listener(context: WorkerContext) -> None:
     """Hears in the control thread what had been announced before it started."""
     heard: dict[str, Any] = {}

@@ -61,7 +61,7 @@ STAGES: dict[str, list[Stage]] = {
     "deaf": [driver("stubborn")],
     "frozen": [driver("frozen")],
     "stuck": [driver("stuck")],
-    "retained": [driver("herald"), driver("returner"), driver("late_listener", after=("returner",))],
+    "retained": [driver("herald"), driver("last_version"), driver("late_listener", after=("last_version",))],
     "queue": arithmetic("Double"),
     "mortal_stage": arithmetic("MortalDouble"),
     "broken_stage": arithmetic("Broken"),
