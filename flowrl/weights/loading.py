@@ -8,7 +8,7 @@ version would fault every page of it in anew.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +25,8 @@ from flowrl.weights.tensorfile import Slot, read_header, slots_of
 
 _CHUNK_BYTES = 4 << 20
 _NUM_THREADS = min(8, len(os.sched_getaffinity(0)))
+_THREAD_BYTES = 8 << 20
+"""For each of which a further thread is worth its start."""
 
 
 class Place(NamedTuple):
@@ -94,9 +96,7 @@ class Loader:
                 if (size := os.fstat(file.fileno()).st_size) < end:
                     raise ValueError(f"weights: {file.name} has {size} bytes, and {end} by its header")
             sources = [_Source(file.fileno(), self._mapped(file.fileno(), path)) for file in opened]
-            # Threads do not hold one another up in a copy, so that large models come in at the memory's speed.
-            with ThreadPoolExecutor(_NUM_THREADS) as threads:
-                list(threads.map(lambda copy: _load(sources[copy.file], copy), self._copies))
+            _load_each(self._copies, sources, sum(self._ends))
             for device in {copy.target.device for copy in self._copies if copy.target.is_cuda}:
                 torch.cuda.default_stream(device).synchronize()
 
@@ -150,7 +150,25 @@ def _chunks(place: Place, file: int) -> Iterator[_Copy]:
         yield _Copy(place.target[begin : begin + each], file, place.begin + begin * itemsize, place.dtype)
 
 
-@torch.no_grad()
+def _load_each(copies: Sequence[_Copy], sources: Sequence[_Source], num_bytes: int) -> None:
+    """Threads do not hold one another up in a copy, so that large models come in at the memory's speed. Each takes the
+    next copy that nobody has taken: to hand them out one by one takes longer than most of them do."""
+    rest = iter(copies)  # of a sequence: what `next` gives to one thread it gives to no other
+
+    def load() -> None:
+        for copy in rest:
+            _load(sources[copy.file], copy)
+
+    helpers = min(_NUM_THREADS - 1, num_bytes // _THREAD_BYTES)
+    if not helpers:
+        return load()
+    with ThreadPoolExecutor(helpers) as threads:
+        helping = [threads.submit(load) for _ in range(helpers)]
+        load()
+        for helped in helping:
+            helped.result()
+
+
 def _load(source: _Source, copy: _Copy) -> None:
     target = copy.target
     if target.dtype == copy.dtype and target.device.type == "cpu":
