@@ -11,11 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from transfer_queue.rows import Array
+from transfer_queue.rows import SMALL_BYTES, Array
 
 KEPT_BYTES = 64 << 20
-SMALL_BYTES = 64 << 10
-"""Below this the allocator does well by itself."""
 _OVERSIZE = 2
 
 

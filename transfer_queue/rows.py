@@ -108,35 +108,42 @@ def concatenate(
     parts: Mapping[str, Sequence[Column]], memory: Callable[[int], Array] = _empty, is_wide: bool = False
 ) -> dict[str, Column]:
     """A copy of all rows of each column; where the parts of columns share their offsets, so do the copies. memory: of
-    so many bytes, uint8, for the values of all, which asking once for each would take longer than copying small ones.
-    is_wide: narrow columns become what they stand for; or else they stay as narrow as their widest part."""
+    so many bytes, uint8, for the values of all large columns, which asking once for each would take longer than copying
+    some; a small one has memory of its own, so that whoever keeps it keeps nothing else. is_wide: narrow columns become
+    what they stand for; or else they stay as narrow as their widest part. Parts of different types become what numpy
+    makes of them."""
     flat = []
     end = 0
     for name, columns in parts.items():
         values = [column.values for column in columns]
-        dtype = columns[0].dtype if is_wide else _widest(values)
-        first, end = end, end + sum(map(len, values)) * dtype.itemsize
-        flat.append((name, columns, values, dtype, first, end))
+        dtype, kept = _types(columns, is_wide)
+        num_bytes = sum(map(len, values)) * kept.itemsize
+        first, end = end, end + num_bytes if num_bytes >= SMALL_BYTES else end
+        flat.append((name, columns, values, dtype, kept, first, end))
         end += -end % _ALIGNMENT
     room = memory(end)
     joined = {}
     offsets, sources = np.zeros(1, dtype=np.int64), [np.zeros(0)]
-    for name, columns, values, dtype, first, after in flat:
+    for name, columns, values, dtype, kept, first, after in flat:
         others, sources = sources, [column.offsets for column in columns]
         if len(others) != len(sources) or not all(map(is_, others, sources)):
             offsets = _joined(sources)
-        out = np.concatenate(values, out=room[first:after].view(dtype))
-        joined[name] = Column.checked(out, offsets, columns[0].dtype)
+        out = room[first:after].view(kept) if after > first else np.empty(sum(map(len, values)), kept)
+        joined[name] = Column.checked(np.concatenate(values, out=out), offsets, dtype)
     return joined
 
 
-def _widest(arrays: Sequence[Array]) -> np.dtype:
-    """Of types of one kind. Where nothing is, its type does not matter."""
-    dtype = arrays[0].dtype
-    if all(array.dtype is dtype for array in arrays):
-        return dtype
-    dtypes = {array.dtype for array in arrays if len(array)} or {dtype}
-    return max(dtypes, key=_itemsize)
+def _types(columns: Sequence[Column], is_wide: bool) -> tuple[np.dtype, np.dtype]:
+    """What the joined column stands for, and what it is kept in."""
+    dtype = columns[0].dtype
+    if any(column.dtype != dtype for column in columns):
+        dtype = np.result_type(*(column.dtype for column in columns))
+        return dtype, dtype
+    kept = columns[0].values.dtype
+    if is_wide or all(column.values.dtype is kept for column in columns):
+        return dtype, dtype if is_wide else kept
+    # Of one kind. Where nothing is, its type does not matter.
+    return dtype, max({column.values.dtype for column in columns if len(column.values)} or {kept}, key=_itemsize)
 
 
 def _joined(offsets: Sequence[Array]) -> Array:
@@ -149,6 +156,8 @@ def _joined(offsets: Sequence[Array]) -> Array:
 
 _itemsize = attrgetter("itemsize")
 _ALIGNMENT = 64
+SMALL_BYTES = 64 << 10
+"""Of memory; below this the allocator does well by itself."""
 
 
 class Rows:

@@ -17,9 +17,8 @@ from transfer_queue import frames, wire
 from transfer_queue.buffers import Buffers
 from transfer_queue.errors import QueueError, RowRefused
 from transfer_queue.heap import Heap
-from transfer_queue.narrow import widened
 from transfer_queue.parcels import GroupId, Parcel, Piece
-from transfer_queue.rows import Column, concatenate
+from transfer_queue.rows import Array, Column, concatenate
 from transfer_queue.spans import Span, ranges
 from transfer_queue.writer import SegmentWriter, Space, view
 
@@ -186,8 +185,7 @@ class Storage:
             if any(run.parcel is None for run in runs) or name not in self._dtypes:
                 return False
             mine = Column.concatenate([_part(run, name, self._dtypes[name]) for run in runs])
-            mine, column = widened(mine, self._buffers.take), widened(column, self._buffers.take)
-            if not (np.array_equal(mine.offsets, column.offsets) and mine.values.tobytes() == column.values.tobytes()):
+            if not (np.array_equal(mine.offsets, column.offsets) and _same(mine.values, column.values)):
                 return False
         return True
 
@@ -350,6 +348,13 @@ def _shrink(shelf: Shelf, bits: int) -> Iterator[Parcel]:
                 at = position + first - start
                 parcel.live_bytes -= parcel.bytes_between(at, at + end - first)
             yield parcel
+
+
+def _same(one: Array, other: Array) -> bool:
+    """Byte for byte; integers of one value are the same in whatever they are kept."""
+    if one.dtype != other.dtype:
+        return np.array_equal(one, other)
+    return one.tobytes() == other.tobytes()
 
 
 def _select(column: Column, rows: Sequence[tuple[Span, int]]) -> Column:

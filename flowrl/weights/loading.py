@@ -98,7 +98,8 @@ class Loader:
             sources = [_Source(file.fileno(), self._mapped(file.fileno(), path)) for file in opened]
             _load_each(self._copies, sources, sum(self._ends))
             for device in {copy.target.device for copy in self._copies if copy.target.is_cuda}:
-                torch.cuda.default_stream(device).synchronize()
+                torch.cuda.default_stream(device).synchronize()  # of the helping threads
+                torch.cuda.current_stream(device).synchronize()
 
     def _mapped(self, fd: int, path: Path) -> np.ndarray | None:
         return None if self._mappings is None else self._mappings.of(fd, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,3 +62,30 @@ def test_joined_columns_have_the_rows_of_their_parts_in_order(data: st.DataObjec
         expected = [row.tolist() for column in columns for row in column]
         assert [row.tolist() for row in joined[name]] == expected
         assert all(joined[name].offsets is not column.offsets for column in columns), "a copy"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("int64", "float32"),
+        ("int8", "uint8"),
+        ("int64", "uint64"),
+        ("int32", "float32"),
+        ("int32", "int64"),
+        ("float64", "float32"),
+    ],
+)
+def test_parts_of_different_types_become_what_numpy_makes_of_them(one: str, other: str) -> None:
+    most = [np.iinfo(dtype).max if dtype.startswith(("int", "uint")) else 0.5 for dtype in (one, other)]
+    arrays = [np.array([1, value], dtype) for value, dtype in zip(most, (one, other), strict=True)]
+    parts = [Column(array, np.array([0, 1, 2])) for array in arrays]
+    for joined in (Column.concatenate(parts), concatenate({"x": parts}, is_wide=True)["x"]):
+        assert joined.dtype == joined.values.dtype == np.concatenate(arrays).dtype
+        assert np.array_equal(joined.values, np.concatenate(arrays))
+
+
+def test_a_small_column_that_is_kept_keeps_nothing_else() -> None:
+    large, small = np.zeros(1 << 20), np.zeros(4)
+    parts = {"large": [Column(large, np.array([0, 1 << 20]))], "small": [Column(small, np.array([0, 4]))]}
+    joined = concatenate(parts)
+    assert joined["small"].values.base is None and joined["large"].values.base is not None

@@ -44,8 +44,8 @@ CONSUMERS = {
     "keeper": {"columns": ["kept"], "partition": "kept"},
 }
 INTEGERS = (0, 0, 0, 1, 1, 2, 3, 7, -1, 255, 1 << 20, (1 << 20) + 1, 1 << 31, 1 << 40, (1 << 63) - 1, -(1 << 63))
-TEXTS = ("train", "plain", "reward", "tokens", "x", "p", "q", "", "late", "int32", "float64", "object", "../0.1", "0.1",
-         "\0", "a" * 5000, "ü")  # fmt: skip
+TEXTS = ("train", "plain", "reward", "tokens", "x", "p", "q", "", "late", "int8", "int32", "int64", "float64", "object",
+         "../0.1", "0.1", "\0", "a" * 5000, "ü")  # fmt: skip
 REALS = (0.0, 0.0, 0.01, -1.0, float("nan"), float("inf"), 1e7)
 
 
@@ -118,10 +118,10 @@ def any_request(dice: random.Random) -> list[bytes]:
 
 def good_put(dice: random.Random) -> list[bytes]:
     rows = dice.randrange(1, 3)
-    columns = {
-        dice.choice(("tokens", "reward", "x")): Column.ragged([[1] * dice.randrange(4) for _ in range(rows)], "int32")
-    }
-    headers, frames = pack(columns)
+    kept = dice.choice(("int32", "int8"))
+    plain = Column.ragged([[1] * dice.randrange(4) for _ in range(rows)], kept)
+    column = Column.checked(plain.values, plain.offsets, np.dtype("int32"))
+    headers, frames = pack({dice.choice(("tokens", "reward", "x")): column})
     span = Span(dice.choice(("train", "plain")), dice.randrange(99), 0, 0, rows)
     put = wire.Put(dice.randrange(1, 1 << 31), [span], headers, [0] * rows)
     return [wire.encode(put), *(bytes(frame) for frame in frames)]

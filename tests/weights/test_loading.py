@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qw
 from flowrl.rollout.embedded import core
 from flowrl.rollout.embedded.engine import EmbeddedEngine
 from flowrl.rollout.engine import EngineError
+from flowrl.weights import loading
 from flowrl.weights.check import check_first_sync, make_zeroed
 from flowrl.weights.loading import Loader, load_in_place
 from flowrl.weights.publish import Publisher
@@ -41,18 +44,42 @@ def corrupted(model: torch.nn.Module) -> Mapping[str, torch.Tensor]:
     return state
 
 
+@pytest.mark.parametrize("num_threads", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("which", ["model_dir", "moe_dir"])
 def test_every_byte_is_back_after_corruption(
-    which: str, dtype: torch.dtype, tmp_path: Path, request: pytest.FixtureRequest
+    which: str, dtype: torch.dtype, num_threads: int, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """Read straight where dtypes agree, cast where they do not (the directory is float32); experts put together."""
+    """Read straight where dtypes agree, cast where they do not (the directory is float32); experts put together. By
+    several threads, as large models are, and by one."""
+    monkeypatch.setattr(loading, "_NUM_THREADS", num_threads)
+    monkeypatch.setattr(loading, "_THREAD_BYTES", 1)
     path = request.getfixturevalue(which)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     snapshot = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     load_in_place(corrupted(model), path)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, snapshot[name]), name
+
+
+def test_what_goes_wrong_in_any_thread_is_raised(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_NUM_THREADS", 3)
+    monkeypatch.setattr(loading, "_THREAD_BYTES", 1)
+    lately: list[int] = []
+    fill = loading._Source.fill
+
+    def failing(source: loading._Source, target: torch.Tensor, begin: int) -> None:
+        lately.append(threading.get_ident())
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError("the file has gone bad")
+        time.sleep(0.01)  # so that others come to something
+        fill(source, target, begin)
+
+    monkeypatch.setattr(loading._Source, "fill", failing)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    with pytest.raises(OSError, match="gone bad"):
+        load_in_place(model.state_dict(keep_vars=True), model_dir)
+    assert len(set(lately)) > 1
 
 
 def test_published_version_loads_in_place(model_dir: Path, tmp_path: Path) -> None:
