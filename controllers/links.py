@@ -34,6 +34,11 @@ class NodeEnd(msgspec.Struct, frozen=True, tag=True):
     code: int
     reason: str
 
+    @property
+    def is_in_order(self) -> bool:
+        """By itself, or because somebody wanted it to."""
+        return self.code != 1
+
 
 class Shard(msgspec.Struct, frozen=True, tag=True):
     """A node's shard of the queue is ready. endpoint: empty if the run has no queue."""

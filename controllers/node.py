@@ -224,7 +224,8 @@ class NodeController:
         """Takes the step to the next phase, or several, when their time has come."""
         if self._end is not None and self._phase in (Phase.OPENING, Phase.WORKING):
             self._phase = Phase.STOPPING
-            self._supervisor.stop(name for name in self._crew if name != self._shard.name)
+            names = [name for name in self._crew if name != self._shard.name]
+            self._supervisor.stop(names, in_order=self._end.is_in_order)
         if self._phase is Phase.WORKING:
             for name in filter(self._crew.may_start, self._supervisor.names(WorkerState.WAITING)):
                 self._supervisor.start(name)
@@ -232,7 +233,7 @@ class NodeController:
                 self._have(kind, count)
         if self._phase is Phase.STOPPING and set(self._supervisor.living()) <= {self._shard.name}:
             self._phase = Phase.LEAVING
-            self._leave_by = time.monotonic() + self._settings.limits.grace_s + _FAREWELL_S
+            self._leave_by = time.monotonic() + self._settings.limits.stop_s + _FAREWELL_S
             self._links.tell_gone()
         if self._phase is Phase.LEAVING and (self._links.is_everybody_gone or time.monotonic() >= self._leave_by):
             self._phase = Phase.CLOSING

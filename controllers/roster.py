@@ -12,7 +12,9 @@ import msgspec
 from controllers.peers import Peers
 
 _HANDLER = "roster/card"
-_PACKAGES = ("flowrl", "torch", "pyzmq", "msgspec", "numpy", "transformers", "safetensors")
+_PACKAGES = (
+    "flowrl", "torch", "pyzmq", "msgspec", "numpy", "transformers", "safetensors", "peft", "xxhash", "zstandard",
+)  # fmt: skip
 
 
 class Card(msgspec.Struct, frozen=True, kw_only=True):

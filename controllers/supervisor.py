@@ -45,12 +45,14 @@ class WorkerState(enum.Enum):
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """start_s: from a worker's start to its first word; heartbeat_s: between two words; beyond, it is killed. grace_s:
-    from Stop to SIGTERM; kill_s: from there to SIGKILL. max_restarts: in a row; a worker that lived for `healthy_s`
-    starts counting anew. Restart n waits backoff_s·2^n, at most max_backoff_s."""
+    from Stop to SIGTERM, or stop_s at the end of a run in good order; kill_s: from there to SIGKILL. max_restarts: in a
+    row; a worker that lived for `healthy_s` starts counting anew. Restart n waits backoff_s·2^n, at most
+    max_backoff_s."""
 
     start_s: float = 60.0
     heartbeat_s: float = 60.0
     grace_s: float = 10.0
+    stop_s: float = 30.0
     kill_s: float = 3.0
     max_restarts: int = 5
     healthy_s: float = 120.0
@@ -175,12 +177,14 @@ class Supervisor:
         else:
             self._mourn(member, code)
 
-    def stop(self, names: Iterable[str]) -> None:
-        """Stop, then SIGTERM, then SIGKILL. Returns at once; the ends come by `ended`."""
+    def stop(self, names: Iterable[str], *, in_order: bool = False) -> None:
+        """Stop, then SIGTERM, then SIGKILL. Returns at once; the ends come by `ended`. in_order: nothing has failed,
+        and there is time for what remains to be done."""
+        patience_s = self._limits.stop_s if in_order else self._limits.grace_s
         for member in [self._members[name] for name in names]:
             if member.state in (WorkerState.STARTING, WorkerState.RUNNING):
                 self._send_stop(member.identity)
-                self._schedule_signals(member, time.monotonic() + self._limits.grace_s)
+                self._schedule_signals(member, time.monotonic() + patience_s)
                 self._change(member, WorkerState.STOPPING, "")
             elif member.state in (WorkerState.WAITING, WorkerState.DOWN):
                 member.restart_at = math.inf

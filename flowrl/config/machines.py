@@ -73,18 +73,19 @@ class NetworkConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where a run leaves its files: `dir`/`name`. checkpoint_every: updates, 0 for none but the last. samples_every:
+    """Where a run leaves its files: `dir`/`name`. checkpoint_every: updates, 0 for none but at the end. samples_every:
     groups, two samples of which are written for people to read. events_max_mb: at which a segment of the event log is
     closed; events.jsonl is the newest, events.1.jsonl the oldest. session_dir: a directory on tmpfs for sockets and
     weights, by default one of the user's in /dev/shm. determinism: `strict` gives the same weights bit for bit when a
     recipe is run again, at some cost in speed (docs/determinism.md). record: write what each trainer rank consumes, so
     that `flowrl replay` can retrain the run bit for bit. restarts: how often in a row a run that has failed goes on
     from its newest checkpoint by itself without a newer one coming of it (on several nodes torchrun's --max-restarts
-    does that). heartbeat_s: silence after which a worker counts as hung."""
+    does that). heartbeat_s: silence after which a worker counts as hung. stop_s: what workers get to end in order, the
+    trainer's last checkpoint included, before they are ended by signals."""
 
     name: str
     dir: str = "runs"
-    checkpoint_every: int = 0
+    checkpoint_every: int = 50
     checkpoints_kept: int = 2
     samples_every: int = 10
     events_max_mb: int = 1024
@@ -93,12 +94,14 @@ class RunConfig:
     record: bool = True
     restarts: int = 2
     heartbeat_s: float = 60.0
+    stop_s: float = 30.0
 
     def __post_init__(self) -> None:
         check_one_of("run.determinism", self.determinism, ("fast", "strict"))
         check_at_least("run.checkpoint_every", self.checkpoint_every, 0)
         check_at_least("run.restarts", self.restarts, 0)
         check_at_least("run.heartbeat_s", self.heartbeat_s, 3)
+        check_positive("run.stop_s", self.stop_s)
         check_at_least("run.samples_every", self.samples_every, 1)
         check_at_least("run.events_max_mb", self.events_max_mb, 1)
         check_at_least("run.checkpoints_kept", self.checkpoints_kept, 1)

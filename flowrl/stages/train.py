@@ -1,6 +1,7 @@
 """The train stage: one rank of the trainer's world. Also the warm start that may come before, in the same process.
 
     for every update: take rows as they become ready, accumulate; when it is full: step, commit, publish, report
+    asked to end: all ranks leave the update that they are in, and save what came before it
 
 Where an engine shares the device, rows are accumulated once all are there and the engine has given it.
 
@@ -42,11 +43,12 @@ from flowrl.trainer.model import load_policy
 from flowrl.trainer.packing import samples_from_rows
 from flowrl.trainer.share import balanced_share
 from flowrl.trainer.update import PolicyTrainer
-from flowrl.trainer.world import World, join
+from flowrl.trainer.world import World, any_rank, join
 from transfer_queue.client import QueueClient
 from transfer_queue.rows import RowKey, Rows
 
-TAKE_WAIT_S = 10.0
+TAKE_WAIT_S = 1.0
+"""So often one that waits for rows looks whether it is to end."""
 
 
 def main(context: WorkerContext) -> None:
@@ -93,6 +95,7 @@ class TrainStage:
         self.record: RecordWriter | None = None
         self.turn: RankTurn | None = None
         self.started = 0.0
+        self.saved_step = 0
         found, _ = recipe.algorithm.streaming(recipe.train.minibatches, recipe.train.epochs)
         self.streams = found is not Streaming.WAITS
         self.metrics = BatchMetrics(recipe.rollout.group_size, has_advantage=not recipe.algorithm.estimates_in_trainer)
@@ -113,10 +116,14 @@ class TrainStage:
             try:
                 for update in range(trainer.step, self.recipe.train.steps):
                     self.update(update, trainer, queue, events)
-                    self.save(update + 1, trainer, queue, events)
+                    if self.is_due(update + 1):
+                        self.save(trainer, queue, events)
                     turn.give(update + 1)
             except Stopped:
-                self.context.log("stopped before the last update")
+                trainer.abandon_update()
+                if trainer.step > self.saved_step:
+                    self.save(trainer, queue, events)
+                self.context.log(f"stopped in update {trainer.step}, with all before it saved")
                 return
             self.checkpoints.wait()
             self.finish(time.monotonic() - self.started)
@@ -128,6 +135,7 @@ class TrainStage:
             trainer = self.make_trainer(run_dir)
             extra = checkpoint.load(self.context.restore_from, trainer)
             self.metrics.restore(extra["staleness"])
+            self.saved_step = trainer.step
             trainer.objective.kl_coef.value = extra["kl_coef"]
             self.started = time.monotonic() - extra["rl_s"]
             return trainer
@@ -208,7 +216,7 @@ class TrainStage:
         """All of it, in host memory; and then the devices, while nobody generates there."""
         rows = list(batch)
         asked = time.monotonic()
-        if not turn.take():
+        if any_rank(not turn.take(), self.world):
             raise Stopped
         self.metrics.waited(time.monotonic() - asked)
         return rows
@@ -224,11 +232,12 @@ class TrainStage:
             yield share
 
     def ready_rows(self, queue: QueueClient, update: int) -> Iterator[Rows]:
-        """What the queue has for this update, gathered to a micro-batch's size, until the update is full."""
+        """What the queue has for this update, gathered to a micro-batch's size, until the update is full. Raises
+        Stopped on all ranks, and before they meet in anything else, if one of them was asked to end before that."""
         budget = self.recipe.train.micro_batch_tokens
         waiting: list[Rows] = []
-        is_closed = False
-        while not is_closed:
+        is_closed = is_stopped = False
+        while not (is_closed or is_stopped):
             started = time.monotonic()
             with self.context.waiting_for(f"rows for update {update}"):
                 taken = queue.take(
@@ -240,14 +249,15 @@ class TrainStage:
                     wait_s=TAKE_WAIT_S,
                 )
             self.metrics.waited(time.monotonic() - started)
-            if self.context.stopping.is_set():
-                raise Stopped
             is_closed = taken.closed
+            is_stopped = self.context.stopping.is_set() and not is_closed
             if len(taken.rows):
                 waiting.append(taken.rows)
             if waiting and (is_closed or sum(map(num_tokens, waiting)) >= budget):
                 yield Rows.concatenate(waiting)
                 waiting = []
+        if any_rank(is_stopped, self.world):
+            raise Stopped
 
     @property
     def max_rows(self) -> int:
@@ -259,16 +269,19 @@ class TrainStage:
     def publish(self, version: int, events: EventLog) -> None:
         self.publishing.publish(version, events)
 
-    def save(self, step: int, trainer: PolicyTrainer, queue: QueueClient, events: EventLog) -> None:
+    def is_due(self, step: int) -> bool:
         every = self.recipe.run.checkpoint_every
-        if step == self.recipe.train.steps or (every and step % every == 0):
-            extra = {
-                "staleness": self.metrics.state(),
-                "rl_s": time.monotonic() - self.started,
-                "kl_coef": trainer.objective.kl_coef.value,
-            }
-            events.flush()  # the log tells of all that a checkpoint covers
-            self.checkpoints.save(trainer, extra=extra, beside=partial(self.save_queue, queue))
+        return step == self.recipe.train.steps or bool(every and step % every == 0)
+
+    def save(self, trainer: PolicyTrainer, queue: QueueClient, events: EventLog) -> None:
+        extra = {
+            "staleness": self.metrics.state(),
+            "rl_s": time.monotonic() - self.started,
+            "kl_coef": trainer.objective.kl_coef.value,
+        }
+        events.flush()  # the log tells of all that a checkpoint covers
+        self.checkpoints.save(trainer, extra=extra, beside=partial(self.save_queue, queue))
+        self.saved_step = trainer.step
 
     def save_queue(self, queue: QueueClient, directory: Path) -> None:
         """What of the data is still to be done, and the rows that lie there sampled, while no rank takes any. Where

@@ -30,6 +30,13 @@ class Accumulation:
             module.set_requires_gradient_sync(False, recurse=False)
         self.is_open = True
 
+    def abandon(self) -> None:
+        """Leaves parameters sharded, and what was accumulated to nobody. Nothing, if no update has begun."""
+        if self.is_open:
+            for module in self._modules:
+                module.reshard()
+            self.is_open = False
+
     def close(self, backward: Callable[[], object]) -> None:
         """A collective: `backward` must run one pass through the whole model, with which the gradients that were
         accumulated before it are summed over all ranks. Leaves parameters and gradients sharded."""

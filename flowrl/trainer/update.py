@@ -107,6 +107,12 @@ class PolicyTrainer:
         if self._reference is not None:
             self._opened.enter_context(self._reference.opened())
 
+    def abandon_update(self) -> None:
+        """On every rank, instead of ending it: the trainer is as before it, to be saved but not to go on."""
+        self._opened.close()
+        self._accumulation.abandon()
+        self._batch = []
+
     def accumulate(self, samples: Sequence[Sample]) -> None:
         """Adds these samples to the update: their gradient at once, or, where the whole batch is needed, at its end.
         Free of collectives: ranks may differ in how often they call it."""

@@ -77,7 +77,9 @@ def join(
 
 
 def any_rank(flag: bool, world: World) -> bool:
-    """On every rank: whether it holds on any."""
-    total = torch.tensor([int(flag)], device=world.device)
+    """On every rank: whether it holds on any. Asked on the host, beside what a GPU does."""
+    if world.size == 1:
+        return flag
+    total = torch.tensor([int(flag)])
     dist.all_reduce(total)
     return bool(total.item())

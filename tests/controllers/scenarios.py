@@ -20,8 +20,8 @@ from controllers.stage import Kind, Stage, Unit
 from controllers.supervisor import Limits
 from controllers.topology import Topology
 
-_LIMITS = Limits(heartbeat_s=3.0, grace_s=1.0, kill_s=0.5, max_restarts=2, backoff_s=0.1)
-_PATIENT = replace(_LIMITS, heartbeat_s=30.0, grace_s=5.0)
+_LIMITS = Limits(heartbeat_s=3.0, grace_s=1.0, stop_s=1.0, kill_s=0.5, max_restarts=2, backoff_s=0.1)
+_PATIENT = replace(_LIMITS, heartbeat_s=30.0, grace_s=5.0, stop_s=5.0)
 _ALL = Pool(name="cpu")
 _FIRST = Pool(name="first", nodes=(0,))
 

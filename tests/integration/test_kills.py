@@ -33,6 +33,7 @@ pytestmark = pytest.mark.timeout(600)
 START_S = 200
 BACK_S = 200
 HEARTBEAT_S = 10
+STOP_S = 25
 VICTIMS = ("rollout.0.0", "stages.0.0", "evaluate.0.0")
 EVALUATED = ("data.held_out=20", "eval={every: 10, limit: 20}")
 
@@ -158,7 +159,7 @@ def test_six_kill_rounds_leave_what_an_undisturbed_run_leaves() -> None:
 
 @pytest.mark.slow
 def test_without_a_checkpoint_the_death_of_a_trainer_ends_the_run_by_name(tmp_path: Path) -> None:
-    with started(command(tmp_path, "hurt", "train.steps=4000")) as process:
+    with started(command(tmp_path, "hurt", "train.steps=4000", "run.checkpoint_every=0")) as process:
         wait_for_update(process, tmp_path / "runs" / "hurt", 2)
         everyone = dict(workers(process))
         os.kill(everyone["train.0.0"], signal.SIGKILL)
@@ -188,9 +189,9 @@ def engines_join_and_leave(process: subprocess.Popen[str], run: Path) -> None:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_signal_stops_the_run_in_order(tmp_path: Path, signum: signal.Signals) -> None:
+def test_a_signal_stops_the_run_in_order_and_it_goes_on_from_there(tmp_path: Path, signum: signal.Signals) -> None:
+    run = tmp_path / "runs" / "hurt"
     with started(command(tmp_path, "hurt", "train.steps=4000")) as process:
-        run = tmp_path / "runs" / "hurt"
         wait_for_update(process, run, 2)
         if signum == signal.SIGINT:
             engines_join_and_leave(process, run)
@@ -202,6 +203,34 @@ def test_a_signal_stops_the_run_in_order(tmp_path: Path, signum: signal.Signals)
     assert check_run(run).is_clean
     assert alive(list(everyone.values())) == []
     assert leftovers(tmp_path) == []
+    goes_on_where_it_stopped(tmp_path, run)
+
+
+def goes_on_where_it_stopped(tmp_path: Path, run: Path) -> None:
+    """No update is lost."""
+    done = max(event["update"] for event in events_so_far(run / "events.jsonl") if event["kind"] == "trained") + 1
+    assert (run / "checkpoints" / f"step_{done}").is_dir()
+    steps = done + 2
+    with started([*command(tmp_path, run.name, f"train.steps={steps}"), "--resume"]) as process:
+        output = finish(process, 200)
+        assert process.returncode == 0, output
+    assert json.loads((run / "lives.jsonl").read_text().splitlines()[-1])["step"] == done
+    rows = rows_that_count(run)
+    assert len(rows) == steps * 32 and set(rows.values()) == {1}
+    assert check_run(run).is_clean
+
+
+@pytest.mark.slow
+def test_two_trainer_ranks_leave_an_update_together_when_they_are_stopped(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "pair"
+    with started(command(tmp_path, "pair", "train.steps=4000", "pools.train.workers=2")) as process:
+        wait_for_update(process, run, 2)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        output = finish(process, 100)
+        assert time.monotonic() - began < STOP_S, "ranks wait for each other, and were ended by signals"
+    assert "Traceback" not in output
+    goes_on_where_it_stopped(tmp_path, run)
 
 
 @pytest.mark.slow
