@@ -83,7 +83,8 @@ def _run_stage(context: WorkerContext, stage: Stage, executor: Any) -> None:
             with idle.waiting():
                 rows = queue.take(stage.name, max_rows=max_rows, wait_s=_WAIT_S, done=done).rows
             if len(rows):
-                columns = executor.process(rows)
+                with context.waiting_for(f"{stage.name}.process to return, with {len(rows)} rows"):
+                    columns = executor.process(rows)
                 _refuse_other_columns(stage, set(columns))
                 if columns:
                     _put(queue, Rows(rows.keys, columns))

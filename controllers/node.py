@@ -151,7 +151,9 @@ class NodeController:
         if settings.preload:
             nursery = Nursery(settings.preload, environment(threads=1))
             stack.callback(nursery.close)
-        self._supervisor = Supervisor(settings.limits, reaper, self._send_stop, self._on_worker, nursery)
+        self._supervisor = Supervisor(
+            settings.limits, reaper, self._send_stop, self._on_worker, self._observers.on_stall, nursery
+        )
         stack.callback(self._supervisor.kill_and_reap)
         self._add_workers()
         for signum in (signal.SIGINT, signal.SIGTERM):

@@ -88,13 +88,14 @@ class ControllerSettings:
 @dataclass(frozen=True, kw_only=True)
 class Observers:
     """Called in the controller's loop, so they must be brief. on_worker hears of this node's workers, on_announcement
-    what they are told, on_heartbeat what they wait for; on_report hears this node's workers, and on node 0 those of all
-    nodes. on_end(exit code, reason) is the last word."""
+    what they are told, on_heartbeat what they wait for, on_stall who has done so for too long; on_report hears this
+    node's workers, and on node 0 those of all nodes. on_end(exit code, reason) is the last word."""
 
     on_report: Callable[[str, dict[str, float], int | None], None] = lambda worker, metrics, step: None
     on_worker: Callable[[str, WorkerState, str], None] = lambda worker, state, text: None
     on_announcement: Callable[[str, dict[str, Any]], None] = lambda topic, payload: None
     on_heartbeat: Callable[[str, Heartbeat], None] = lambda worker, heartbeat: None
+    on_stall: Callable[[str, str], None] = lambda worker, text: None
     on_end: Callable[[int, str], None] = lambda code, reason: None
 
 

@@ -44,13 +44,15 @@ class WorkerState(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """start_s: from a worker's start to its first word; heartbeat_s: between two words; beyond, it is killed. grace_s:
-    from Stop to SIGTERM, or stop_s at the end of a run in good order; kill_s: from there to SIGKILL. max_restarts: in a
+    """start_s: from a worker's start to its first word; heartbeat_s: between two words; beyond, it is killed. stall_s:
+    at one and the same thing; beyond, it is named and its stacks go to its log, for it may be right. grace_s: from Stop
+    to SIGTERM, or stop_s at the end of a run in good order; kill_s: from there to SIGKILL. max_restarts: in a
     row; a worker that lived for `healthy_s` starts counting anew. Restart n waits backoff_s·2^n, at most
     max_backoff_s."""
 
     start_s: float = 60.0
     heartbeat_s: float = 60.0
+    stall_s: float = 300.0
     grace_s: float = 10.0
     stop_s: float = 30.0
     kill_s: float = 3.0
@@ -67,6 +69,7 @@ class Limits:
 
 
 Listener = Callable[[str, WorkerState, str], None]
+StallListener = Callable[[str, str], None]
 
 
 @dataclass
@@ -85,6 +88,7 @@ class _Member:
     started_at: float = 0.0
     heard_at: float = 0.0
     heartbeat: Heartbeat = _AT_WORK
+    is_stalled: bool = False
     failure: str = ""
     is_finished: bool = False
     has_been_ready: bool = False
@@ -96,7 +100,8 @@ class _Member:
 
 
 class Supervisor:
-    """listener(worker, state, text) hears every change of state. nursery: where workers are born, if there is one."""
+    """listener(worker, state, text) hears every change of state, on_stall(worker, text) of who does not come on.
+    nursery: where workers are born, if there is one."""
 
     def __init__(
         self,
@@ -104,12 +109,14 @@ class Supervisor:
         reaper: Reaper,
         send_stop: Callable[[str], None],
         listener: Listener,
+        on_stall: StallListener,
         nursery: Nursery | None = None,
     ) -> None:
         self._limits = limits
         self._reaper = reaper
         self._send_stop = send_stop
         self._listener = listener
+        self._on_stall = on_stall
         self._nursery = nursery
         self._members: dict[str, _Member] = {}
 
@@ -145,6 +152,11 @@ class Supervisor:
         member = self._members[name]
         member.heard_at = time.monotonic()
         member.heartbeat = heartbeat or member.heartbeat
+        was_stalled, member.is_stalled = member.is_stalled, member.heartbeat.since_s > self._limits.stall_s
+        if member.is_stalled and not was_stalled and member.process is not None:
+            what, since_s = member.heartbeat.waiting_for, member.heartbeat.since_s
+            self._on_stall(name, f"has waited for {what} for {since_s:.0f} s; its stacks are in {member.log_path}")
+            member.process.signal(signal.SIGUSR1)
 
     def ready(self, name: str) -> None:
         member = self._members[name]

@@ -309,7 +309,7 @@ def controller_settings(built: Pipeline, run_dir: Path, life: Life) -> Controlle
         run_dir=run_dir,
         life=life.number,
         restore_from=life.restore_from,
-        limits=Limits(heartbeat_s=recipe.run.heartbeat_s, stop_s=recipe.run.stop_s),
+        limits=Limits(heartbeat_s=recipe.run.heartbeat_s, stall_s=recipe.run.stall_s, stop_s=recipe.run.stop_s),
         queue=QueueSettings(
             batch_rows=recipe.train.batch_groups * recipe.rollout.group_size,
             max_staleness=recipe.staleness.max,

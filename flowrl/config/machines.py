@@ -80,7 +80,8 @@ class RunConfig:
     recipe is run again, at some cost in speed (docs/determinism.md). record: write what each trainer rank consumes, so
     that `flowrl replay` can retrain the run bit for bit. restarts: how often in a row a run that has failed goes on
     from its newest checkpoint by itself without a newer one coming of it (on several nodes torchrun's --max-restarts
-    does that). heartbeat_s: silence after which a worker counts as hung. stop_s: what workers get to end in order, the
+    does that). heartbeat_s: silence after which a worker counts as hung. stall_s: after which one that
+    waits for one and the same thing is named, with its stacks in its log. stop_s: what workers get to end in order, the
     trainer's last checkpoint included, before they are ended by signals."""
 
     name: str
@@ -94,6 +95,7 @@ class RunConfig:
     record: bool = True
     restarts: int = 2
     heartbeat_s: float = 60.0
+    stall_s: float = 300.0
     stop_s: float = 30.0
 
     def __post_init__(self) -> None:
@@ -101,6 +103,7 @@ class RunConfig:
         check_at_least("run.checkpoint_every", self.checkpoint_every, 0)
         check_at_least("run.restarts", self.restarts, 0)
         check_at_least("run.heartbeat_s", self.heartbeat_s, 3)
+        check_positive("run.stall_s", self.stall_s)
         check_positive("run.stop_s", self.stop_s)
         check_at_least("run.samples_every", self.samples_every, 1)
         check_at_least("run.events_max_mb", self.events_max_mb, 1)

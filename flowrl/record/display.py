@@ -76,6 +76,9 @@ class Display:
         if state in (WorkerState.DOWN, WorkerState.FAILED):
             self.console.print(f"{worker}: {text}", markup=False, highlight=False, soft_wrap=True)
 
+    def stalled(self, worker: str, text: str) -> None:
+        self.console.print(f"{worker}: {text}", markup=False, highlight=False, soft_wrap=True)
+
     def waiting(self, worker: str, what: str) -> None:
         self.waits[worker] = what
 

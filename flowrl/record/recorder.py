@@ -37,6 +37,7 @@ class Recorder:
             on_worker=self.on_worker,
             on_announcement=self.on_announcement,
             on_heartbeat=lambda worker, heartbeat: self.display.waiting(worker, heartbeat.waiting_for),
+            on_stall=self.display.stalled,
             on_end=self.display.ended,
         )
 

@@ -46,6 +46,7 @@ from flowrl.trainer.update import PolicyTrainer
 from flowrl.trainer.world import World, any_rank, join
 from transfer_queue.client import QueueClient
 from transfer_queue.rows import RowKey, Rows
+from transfer_queue.steps import Taken
 
 TAKE_WAIT_S = 1.0
 """So often one that waits for rows looks whether it is to end."""
@@ -194,7 +195,10 @@ class TrainStage:
             trainer.accumulate(samples_from_rows(rows))
             self.metrics.add(rows, update)
             keys += rows.keys
-        with dumping(self.context.run_dir, update, self.world.rank):
+        with (
+            dumping(self.context.run_dir, update, self.world.rank),
+            self.context.waiting_for(f"the step of update {update}"),
+        ):
             measured = trainer.end_update()
         if self.record is not None:
             self.record.updated(update, dict(self.policy.lm.named_parameters()))
@@ -238,17 +242,7 @@ class TrainStage:
         waiting: list[Rows] = []
         is_closed = is_stopped = False
         while not (is_closed or is_stopped):
-            started = time.monotonic()
-            with self.context.waiting_for(f"rows for update {update}"):
-                taken = queue.take(
-                    "train",
-                    max_rows=self.max_rows,
-                    budget=None if self.world.size == 1 else ("response_tokens", budget),
-                    update=update,
-                    incarnation=self.context.life,
-                    wait_s=TAKE_WAIT_S,
-                )
-            self.metrics.waited(time.monotonic() - started)
+            taken = self.take(queue, update)
             is_closed = taken.closed
             is_stopped = self.context.stopping.is_set() and not is_closed
             if len(taken.rows):
@@ -258,6 +252,24 @@ class TrainStage:
                 waiting = []
         if any_rank(is_stopped, self.world):
             raise Stopped
+
+    def take(self, queue: QueueClient, update: int) -> Taken:
+        """Of the update. No rows and not closed: this worker is to end."""
+        budget = None if self.world.size == 1 else ("response_tokens", self.recipe.train.micro_batch_tokens)
+        started = time.monotonic()
+        with self.context.waiting_for(f"rows for update {update}"):
+            while True:
+                taken = queue.take(
+                    "train",
+                    max_rows=self.max_rows,
+                    budget=budget,
+                    update=update,
+                    incarnation=self.context.life,
+                    wait_s=TAKE_WAIT_S,
+                )
+                if taken.closed or len(taken.rows) or self.context.stopping.is_set():
+                    self.metrics.waited(time.monotonic() - started)
+                    return taken
 
     @property
     def max_rows(self) -> int:

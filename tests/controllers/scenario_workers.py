@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from functools import partial
 from typing import Any
 
@@ -213,6 +214,18 @@ class GroupSum:
 
     def close(self) -> None:
         self._log("closed")
+
+
+class Stalled(Double):
+    """Takes its time in its first call, longer than anybody likes."""
+
+    is_first = True
+
+    def process(self, rows: Rows) -> dict[str, Column]:
+        if self.is_first:
+            self.is_first = False
+            time.sleep(5)
+        return super().process(rows)
 
 
 class Broken:

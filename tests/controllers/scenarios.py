@@ -20,7 +20,7 @@ from controllers.stage import Kind, Stage, Unit
 from controllers.supervisor import Limits
 from controllers.topology import Topology
 
-_LIMITS = Limits(heartbeat_s=3.0, grace_s=1.0, stop_s=1.0, kill_s=0.5, max_restarts=2, backoff_s=0.1)
+_LIMITS = Limits(heartbeat_s=3.0, grace_s=1.0, stop_s=1.0, stall_s=2.0, kill_s=0.5, max_restarts=2, backoff_s=0.1)
 _PATIENT = replace(_LIMITS, heartbeat_s=30.0, grace_s=5.0, stop_s=5.0)
 _ALL = Pool(name="cpu")
 _FIRST = Pool(name="first", nodes=(0,))
@@ -65,6 +65,7 @@ STAGES: dict[str, list[Stage]] = {
     "queue": arithmetic("Double"),
     "mortal_stage": arithmetic("MortalDouble"),
     "broken_stage": arithmetic("Broken"),
+    "stalled_stage": arithmetic("Stalled"),
     "two_nodes": [
         *arithmetic("Double", pool="first", awaits=("met/0", "met/1")),
         driver("herald", pool="first"),
@@ -74,7 +75,7 @@ STAGES: dict[str, list[Stage]] = {
 }
 RESTARTED = {"suicide": "suicide", "mortal": "mortal", "with_child": "idle"}
 IMPATIENT = ("frozen", "stuck", "stubborn", "mortal")
-WITH_QUEUE = ("queue", "mortal_stage", "broken_stage", "two_nodes")
+WITH_QUEUE = ("queue", "mortal_stage", "broken_stage", "stalled_stage", "two_nodes")
 
 
 def main(name: str, run_dir: Path, session_root: Path) -> int:
@@ -109,6 +110,7 @@ def main(name: str, run_dir: Path, session_root: Path) -> int:
             on_report=lambda worker, metrics, step: say(report=metrics, worker=worker, step=step),
             on_worker=lambda worker, state, text: say(worker=worker, state=state.value, text=text),
             on_announcement=lambda topic, payload: say(topic=topic, payload=payload),
+            on_stall=lambda worker, text: say(worker=worker, stall=text),
             on_end=lambda code, reason: say(end=code, reason=reason),
         ),
     )

@@ -52,6 +52,18 @@ def most_outstanding(logged: list[dict[str, Any]]) -> int:
     return max(counts)
 
 
+def test_a_call_that_does_not_return_is_named_with_its_stack_and_the_run_goes_on_when_it_does(start: Start) -> None:
+    run = start("stalled_stage")
+    assert run.finish() == 0, run.describe()
+    told = [event["stall"] for event in run.events if event.get("worker") == "maths.0.0" and "stall" in event]
+    log = run.run_dir / "logs" / "maths.0.0.log"
+    assert len(told) == 1, "once"
+    assert told[0].startswith("has waited for multiply.process to return, with ")
+    assert told[0].endswith(f"; its stacks are in {log}")
+    assert "scenario_workers.py" in log.read_text() and "in process" in log.read_text()
+    run.assert_nothing_left()
+
+
 def test_failing_stage_is_named(start: Start) -> None:
     run = start("broken_stage")
     assert run.finish() == 1
