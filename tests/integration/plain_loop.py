@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from flowrl.data.prompts import PromptEncoder
 from flowrl.determinism import fix_kernels
 from flowrl.rewards.function import load_reward
 from flowrl.rollout.embedded.core import EmbeddedCore
-from flowrl.rollout.engine import GenerateRequest, PauseMode, SamplingParams
+from flowrl.rollout.engine import FinishReason, GenerateRequest, PauseMode, SamplingParams
 from flowrl.stages.rollout import sample_seed
 from flowrl.trainer.model import load_policy
 from flowrl.trainer.packing import Sample
@@ -82,10 +83,19 @@ class PlainLoop:
         self.trainer.accumulate(samples)
         metrics = self.trainer.end_update()
         self.core.load(self.state(), version=number + 1, mode=PauseMode.ABORT)
-        length_B = np.array([len(generation.tokens) for generation in generations])
-        return metrics | {
-            "critic/score/mean": float(score_B.astype(np.float64).sum()) / len(keys),
-            "response_length/mean": float(length_B.sum()) / len(keys),
+        cut = sum(generation.finish_reason is FinishReason.LENGTH for generation in generations)
+        tied = sum(len(set(score_B[group_B.numpy() == group].tolist())) == 1 for group in groups)
+        return {
+            **metrics,
+            **spread("critic/score", score_B),
+            **spread("critic/advantages", advantage_B.numpy()),
+            **spread("response_length", [len(generation.tokens) for generation in generations]),
+            **spread("prompt_length", [len(prompt) for prompt in prompts]),
+            # What samples and what is trained take turns here: nothing is stale, and nothing is of two versions.
+            **spread("training/off_policy/trajectory_staleness", np.zeros(len(keys))),
+            **spread("training/off_policy/trajectory_spans", np.ones(len(keys))),
+            "response_length/clip_ratio": cut / len(keys),
+            "frac_reward_zero_std": tied / len(groups),
         }
 
     def sampling(self, key: RowKey) -> SamplingParams:
@@ -98,6 +108,15 @@ class PlainLoop:
 
     def state(self) -> dict[str, torch.Tensor]:
         return {name: tensor.detach().to_local() for name, tensor in self.policy.lm.state_dict().items()}
+
+
+def spread(name: str, values: Sequence[float] | np.ndarray) -> dict[str, float]:
+    values = np.asarray(values, np.float64)
+    return {
+        f"{name}/mean": float(values.sum()) / len(values),
+        f"{name}/max": float(values.max()),
+        f"{name}/min": float(values.min()),
+    }
 
 
 def main(recipe_path: str, out: str) -> None:
