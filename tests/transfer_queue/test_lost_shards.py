@@ -101,6 +101,7 @@ class Producer(threading.Thread):
         while not self._ends.is_set() and self._at in self._fleet.shards:
             try:
                 with self._fleet.client(self._at) as client:
+                    client.producer_lost(f"p{self._at}")  # what it had reserved when its last client gave up
                     while not self._ends.is_set():
                         self._produce(client)
             except QueueError:

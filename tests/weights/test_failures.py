@@ -50,7 +50,7 @@ def test_engine_that_cannot_load_is_named_and_its_work_goes_to_the_others(tmp_pa
     code, output = run_to_end(
         small_run(
             tmp_path, "eval=null", "pools.rollout.workers=2", "rollout.episode=broken.py:episode",
-            "rollout.in_flight=keep", steps=60,
+            "rollout.in_flight=keep", steps=240,
         ),
         timeout_s=200,
         cwd=tmp_path,
@@ -60,7 +60,7 @@ def test_engine_that_cannot_load_is_named_and_its_work_goes_to_the_others(tmp_pa
     assert len(lines) == 1 and "rollout.0." in lines[0] and "restart 1" in lines[0], output
     log = events(tmp_path / "runs" / "small")
     trained = [tuple(event["key"]) for event in log if event["kind"] == "trained"]
-    assert len(trained) == len(set(trained)) == 60 * 64
+    assert len(trained) == len(set(trained)) == 240 * 64
 
 
 def test_too_little_shared_memory_is_said_before_the_start_with_size_and_settings(tmp_path: Path) -> None:
