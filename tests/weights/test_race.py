@@ -42,5 +42,6 @@ def test_reader_racing_two_writing_ranks_never_sees_a_torn_version(way: str, tmp
             process.communicate()
     assert reader.returncode == 0, errors
     num_read, num_versions, _, num_kept = map(int, output.split())
+    print(f"{way}: {num_read} reads of {num_versions} of {RACES} versions")
     assert num_read >= num_versions > RACES // 100
     assert (num_kept > num_read // 2) == (way == "kept"), f"{num_kept} of {num_read} out of a mapping that had stayed"
