@@ -15,6 +15,9 @@ import numpy as np
 from transfer_queue.spans import Keys, RowKey
 
 Array = np.ndarray
+SMALL_BYTES = 64 << 10
+"""Of memory; below this the allocator does well by itself."""
+_ALIGNMENT = 64
 
 
 class Column:
@@ -155,9 +158,6 @@ def _joined(offsets: Sequence[Array]) -> Array:
 
 
 _itemsize = attrgetter("itemsize")
-_ALIGNMENT = 64
-SMALL_BYTES = 64 << 10
-"""Of memory; below this the allocator does well by itself."""
 
 
 class Rows:
