@@ -227,7 +227,7 @@ class NodeController:
         if self._end is not None and self._phase in (Phase.OPENING, Phase.WORKING):
             self._phase = Phase.STOPPING
             names = [name for name in self._crew if name != self._shard.name]
-            self._supervisor.stop(names, in_order=self._end.is_in_order)
+            self._supervisor.stop(names, self._grace_s(self._end))
         if self._phase is Phase.WORKING:
             for name in filter(self._crew.may_start, self._supervisor.names(WorkerState.WAITING)):
                 self._supervisor.start(name)
@@ -235,7 +235,8 @@ class NodeController:
                 self._have(kind, count)
         if self._phase is Phase.STOPPING and set(self._supervisor.living()) <= {self._shard.name}:
             self._phase = Phase.LEAVING
-            self._leave_by = time.monotonic() + self._settings.limits.stop_s + _FAREWELL_S
+            assert self._end is not None, "a run that stops has an end"
+            self._leave_by = time.monotonic() + self._grace_s(self._end) + _FAREWELL_S
             self._links.tell_gone()
         if self._phase is Phase.LEAVING and (self._links.is_everybody_gone or time.monotonic() >= self._leave_by):
             self._phase = Phase.CLOSING
@@ -243,6 +244,10 @@ class NodeController:
             self._supervisor.stop(self._crew)
         if self._phase is Phase.CLOSING and not self._supervisor.living():
             self._phase = Phase.ENDED
+
+    def _grace_s(self, end: NodeEnd) -> float:
+        """What workers get before they are ended by signals: more where nothing has failed, as something is saved."""
+        return self._settings.limits.stop_s if end.is_in_order else self._settings.limits.grace_s
 
     def _have(self, kind: str, count: int) -> None:
         """Workers of the kind join, or the last of them leave."""

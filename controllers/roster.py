@@ -12,9 +12,7 @@ import msgspec
 from controllers.peers import Peers
 
 _HANDLER = "roster/card"
-_PACKAGES = (
-    "flowrl", "torch", "pyzmq", "msgspec", "numpy", "transformers", "safetensors", "peft", "xxhash", "zstandard",
-)  # fmt: skip
+_PACKAGES = ("flowrl", "torch", "pyzmq", "msgspec", "numpy", "transformers", "safetensors")
 
 
 class Card(msgspec.Struct, frozen=True, kw_only=True):

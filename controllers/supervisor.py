@@ -189,14 +189,14 @@ class Supervisor:
         else:
             self._mourn(member, code)
 
-    def stop(self, names: Iterable[str], *, in_order: bool = False) -> None:
-        """Stop, then SIGTERM, then SIGKILL. Returns at once; the ends come by `ended`. in_order: nothing has failed,
-        and there is time for what remains to be done."""
-        patience_s = self._limits.stop_s if in_order else self._limits.grace_s
+    def stop(self, names: Iterable[str], grace_s: float | None = None) -> None:
+        """Stop, then, after grace_s or what the limits say, SIGTERM, then SIGKILL. Returns at once; the ends come by
+        `ended`."""
+        grace_s = self._limits.grace_s if grace_s is None else grace_s
         for member in [self._members[name] for name in names]:
             if member.state in (WorkerState.STARTING, WorkerState.RUNNING):
                 self._send_stop(member.identity)
-                self._schedule_signals(member, time.monotonic() + patience_s)
+                self._schedule_signals(member, time.monotonic() + grace_s)
                 self._change(member, WorkerState.STOPPING, "")
             elif member.state in (WorkerState.WAITING, WorkerState.DOWN):
                 member.restart_at = math.inf
