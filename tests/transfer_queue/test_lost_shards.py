@@ -133,7 +133,9 @@ class Trainer:
         closed = False
         while not closed:
             taken = client.take("train", BATCH_ROWS, update=self.update, incarnation=self.incarnation, wait_s=20.0)
-            assert len(taken.rows) or taken.closed, f"update {self.update} has {len(keys)} rows and waits in vain"
+            assert len(taken.rows) or taken.closed, (
+                f"update {self.update} has {len(keys)} rows and waits in vain: {client.introspect()}"
+            )
             for at, key in enumerate(taken.rows.keys):
                 assert taken.rows["tokens"][at].tolist() == [key.group, key.index, key.attempt]
                 assert 0 <= self.update - taken.rows.versions[at] <= MAX_STALENESS
