@@ -49,9 +49,10 @@ class Membership:
             self._awaited = set(self._outstanding)
             self._unnamed = 0
         elif isinstance(request, Unclaim):
-            if shard not in self._awaited:
-                request = Unclaim(request.id, -1, request.entries)  # it joined after the incarnation began
-            self._awaited.discard(shard)
+            if shard in self._awaited and request.incarnation == self.accounts.incarnation:
+                self._awaited.discard(shard)
+            else:  # it joined after the incarnation began, or answers one that has been replaced since
+                request = Unclaim(request.id, -1, request.entries)
         reply = serve_clock_request(self.accounts, request, len(self._outstanding))
         self._count(self._outstanding.setdefault(shard, Counter()), request, reply)
         return reply

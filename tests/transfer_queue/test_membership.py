@@ -20,13 +20,14 @@ STEPS = st.lists(
 
 
 class Peers:
-    """Shards as honest as they are short-lived: each knows what it has, and forgets all when it dies."""
+    """Shards as honest as they are short-lived: each knows what it has, and forgets all when it dies. What a shard
+    hears of an incarnation it answers in its own time, when there may be another already."""
 
     def __init__(self) -> None:
         self.members = Membership(Accounts(BATCH, 1))
         self.held: dict[str, Counter[int]] = {}
         self.claimed: dict[str, Counter[int]] = {}
-        self.unanswered: set[str] = set()
+        self.heard: dict[str, list[int]] = {}
 
     @property
     def accounts(self) -> Accounts:
@@ -45,6 +46,7 @@ class Peers:
     def _enter(self, shard: str) -> None:
         self.members.serve(shard, Hello(0, shard))
         self.held[shard], self.claimed[shard] = Counter(), Counter()
+        self.heard[shard] = [self.accounts.incarnation] if self.accounts.incarnation else []
 
     def _admit(self, shard: str) -> None:
         deadline = self.accounts.version + 1
@@ -63,21 +65,19 @@ class Peers:
 
     def _begin(self, shard: str, lost: tuple[str, ...] = ()) -> None:
         """At the version that the clock has: what earlier updates hold has been trained."""
-        if self.unanswered & set(self.held):
-            return
         for name in lost:
-            del self.held[name], self.claimed[name]
+            del self.held[name], self.claimed[name], self.heard[name]
         assert self.ask(shard, Begin(0, self.accounts.incarnation + 1, self.accounts.version, list(lost)))
-        self.unanswered = set(self.held)
+        for heard in self.heard.values():
+            heard.append(self.accounts.incarnation)
 
     def _answer(self, shard: str) -> None:
-        if shard not in self.unanswered:
+        if not self.heard[shard]:
             return
         back = Counter({d: n for d, n in self.claimed[shard].items() if d >= self.accounts.version})
-        self.members.serve(shard, Unclaim(0, self.accounts.incarnation, sorted(back.items())))
+        self.members.serve(shard, Unclaim(0, self.heard[shard].pop(0), sorted(back.items())))
         self.held[shard] += back
         self.claimed[shard] = Counter()
-        self.unanswered.discard(shard)
 
     def _lose(self, shard: str) -> None:
         survivors = sorted(set(self.held) - {shard})
@@ -94,7 +94,11 @@ def test_the_accounts_hold_what_living_shards_have_and_nothing_else(steps: list[
         for held in peers.held.values():
             alive += held
         assert Counter(peers.accounts.outstanding) == alive
-        assert peers.accounts.awaited_shards <= len(peers.unanswered)
+        assert peers.accounts.awaited_shards <= sum(bool(heard) for heard in peers.heard.values())
+    for shard, heard in peers.heard.items():
+        while heard:
+            peers.do("answer", shard)
+    assert peers.accounts.awaited_shards == 0, "all have answered, and one is waited for"
 
 
 def test_nothing_is_granted_after_a_death_before_the_trainer_begins_anew() -> None:
@@ -111,6 +115,20 @@ def test_nothing_is_granted_after_a_death_before_the_trainer_begins_anew() -> No
     for shard in ("a", "b"):
         members.serve(shard, Unclaim(0, 1, []))
     assert [reply.granted for shard in "ba" if (reply := members.serve(shard, admit))] == [8, 0]
+
+
+def test_an_answer_to_an_incarnation_that_has_been_replaced_is_not_the_one_that_is_waited_for() -> None:
+    members = Membership(Accounts(BATCH, 1))
+    for shard in ("a", "b"):
+        members.serve(shard, Hello(0, shard))
+    members.serve("a", Begin(0, 1, 0, []))
+    members.serve("a", Begin(0, 2, 0, []))
+    for shard in ("a", "b"):
+        members.serve(shard, Unclaim(0, 1, []))
+    assert members.accounts.awaited_shards == 2
+    for shard in ("a", "b"):
+        members.serve(shard, Unclaim(0, 2, []))
+    assert members.accounts.is_granting
 
 
 def test_a_lost_shard_is_not_waited_for_and_one_that_joins_is_not_awaited() -> None:
