@@ -11,7 +11,7 @@ An executor is a class that a stage's `run` names:
 
 `process` is called from the stage's own threads, `concurrency` of them side by side, and again with the same rows if
 this worker dies before they are acknowledged: its results must follow from its input. Drivers, which own their loops,
-are none of this file's business.
+are none of this file's business; `batches.py` runs the stages that they host.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _WAIT_S = 1.0
 def run_stages(context: WorkerContext) -> None:
     """Until `context.stopping`. The first stage that fails ends the others; it is raised, by name."""
     stages = [msgspec.convert(stage, Stage) for stage in context.payload["stages"]]
-    executors = {stage.name: _make_executor(stage, context) for stage in stages}
+    executors = {stage.name: make_executor(stage, context) for stage in stages}
     failures: list[tuple[Stage, Exception]] = []
 
     def run(stage: Stage) -> None:
@@ -66,7 +66,7 @@ def run_stages(context: WorkerContext) -> None:
         raise RuntimeError(f"stage {stage.name!r}: {error!r}") from error
 
 
-def _make_executor(stage: Stage, context: WorkerContext) -> Any:
+def make_executor(stage: Stage, context: WorkerContext) -> Any:
     try:
         return load_attribute(stage.run)(context, stage.settings)
     except Exception as error:
@@ -85,7 +85,7 @@ def _run_stage(context: WorkerContext, stage: Stage, executor: Any) -> None:
             if len(rows):
                 with context.waiting_for(f"{stage.name}.process to return, with {len(rows)} rows"):
                     columns = executor.process(rows)
-                _refuse_other_columns(stage, set(columns))
+                refuse_other_columns(stage, set(columns))
                 if columns:
                     _put(queue, Rows(rows.keys, columns))
             done = rows.keys
@@ -105,7 +105,7 @@ def _put(queue: QueueClient, rows: Rows) -> None:
                 queue.put(row.keys, row.columns)
 
 
-def _refuse_other_columns(stage: Stage, written: set[str]) -> None:
+def refuse_other_columns(stage: Stage, written: set[str]) -> None:
     """A column that is missing would be waited for forever."""
     if written != set(stage.writes):
         raise ValueError(f"stages.{stage.name}.writes: {sorted(stage.writes)}, but process gave {sorted(written)}")

@@ -3,6 +3,9 @@
 Edges run from the writer of a column to its readers in the same partition, and from a stage to those that start `after`
 it. An optional column gives an edge that nobody waits for, so it may close a circle. Where stages run is
 `placement.py`'s matter, how it looks `drawing.py`'s.
+
+Batches are the clock's: only a driver takes them. A mapped stage whose unit is the batch is therefore *hosted*: it runs
+in the process of that driver, on what the driver has taken, and the queue never sees what it writes.
 """
 
 from __future__ import annotations
@@ -10,9 +13,9 @@ from __future__ import annotations
 import difflib
 import graphlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from controllers.stage import Kind, Stage, Unit
+from controllers.stage import Kind, Stage
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,9 @@ class Graph:
         """Raises ValueError, by name, for whatever cannot run."""
         given = tuple(stages)
         _refuse_duplicates(given)
-        _refuse_mapped_batches(given)
         _refuse_mixed_workers(given)
         edges = (*_column_edges(given), *_after_edges(given))
+        _refuse_readers_of_hosted(given, edges)
         return cls(_sorted(given, edges), edges)
 
     def __iter__(self) -> Iterator[Stage]:
@@ -52,11 +55,25 @@ class Graph:
         raise ValueError(f"stage {name!r}: unknown{_nearest(name, [stage.name for stage in self.stages])}")
 
     def workers(self) -> dict[str, tuple[Stage, ...]]:
-        """Worker -> its stages, both in topological order."""
+        """Worker -> its stages, both in topological order, but for drivers, which come before those that they host."""
         found: dict[str, list[Stage]] = {}
         for stage in self.stages:
             found.setdefault(stage.worker, []).append(stage)
-        return {worker: tuple(members) for worker, members in found.items()}
+        return {worker: tuple(sorted(members, key=lambda stage: stage.is_hosted)) for worker, members in found.items()}
+
+    def consumers(self) -> dict[str, Stage]:
+        """Those that take rows from the queue, by name: a driver asks for what it and those that it hosts read, less
+        what these write."""
+        return {stage.name: self._with_hosted(stage) for stage in self.stages if stage.reads and not stage.is_hosted}
+
+    def _with_hosted(self, stage: Stage) -> Stage:
+        if not stage.takes_batches:
+            return stage
+        together = [stage, *(other for other in self.stages if other.is_hosted and other.worker == stage.worker)]
+        made = {column for other in together for column in other.writes}
+        reads = dict.fromkeys(column for other in together for column in other.reads if column not in made)
+        optional = dict.fromkeys(column for other in together for column in other.optional if column not in made)
+        return replace(stage, reads=tuple(reads), optional=tuple(name for name in optional if name not in reads))
 
 
 def _refuse_duplicates(stages: Sequence[Stage]) -> None:
@@ -65,12 +82,6 @@ def _refuse_duplicates(stages: Sequence[Stage]) -> None:
         if stage.name in seen:
             raise ValueError(f"stages.{stage.name}: declared twice; a stage's name must be unique")
         seen.add(stage.name)
-
-
-def _refuse_mapped_batches(stages: Sequence[Stage]) -> None:
-    for stage in stages:
-        if stage.unit is Unit.BATCH and stage.kind is Kind.MAPPED:
-            raise ValueError(f"stages.{stage.name}.unit: 'batch'; a mapped stage takes rows or groups, drivers batches")
 
 
 def _refuse_mixed_workers(stages: Sequence[Stage]) -> None:
@@ -82,11 +93,28 @@ def _refuse_mixed_workers(stages: Sequence[Stage]) -> None:
                 f"stages.{stage.name}.pool: {stage.pool!r}; it shares worker {stage.worker!r} with stage "
                 f"{other.name!r}, whose pool is {other.pool!r}; stages of one worker must name one pool"
             )
-        if other.kind != stage.kind:
+        if other.kind != stage.kind and not (stage.is_hosted or other.is_hosted):
             driver = stage if stage.kind is Kind.DRIVER else other
             raise ValueError(
                 f"stages.{stage.name}.worker: {stage.worker!r}; {driver.name!r} is a driver and owns its process, so "
                 f"that mapped stages cannot share it"
+            )
+
+
+def _refuse_readers_of_hosted(stages: Sequence[Stage], edges: Sequence[Edge]) -> None:
+    """The driver must be there, and the queue cannot hand on what it never sees."""
+    by_name = {stage.name: stage for stage in stages}
+    for stage in stages:
+        hosts = [other.name for other in stages if other.takes_batches and other.worker == stage.worker]
+        if stage.is_hosted and len(hosts) != 1:
+            rule = "it runs with the one driver that takes batches, whose worker it must name"
+            raise ValueError(f"stages.{stage.name}.unit: 'batch'; {rule}; worker {stage.worker!r} has {hosts}")
+    for edge in edges:
+        source, target = by_name[edge.source], by_name[edge.target]
+        if source.is_hosted and edge.columns and target.worker != source.worker:
+            raise ValueError(
+                f"stages.{target.name}.reads: column {edge.columns[0]!r} is made of whole batches by stage "
+                f"{source.name!r}; only stages that take those batches can read it"
             )
 
 

@@ -22,8 +22,9 @@ EXECUTOR_TARGET = "controllers.executor:run_stages"
 class WorkerSettings(TypedDict, total=False):
     """target: 'package.module:name', called with the WorkerContext. restart: what happens when it dies; with "never"
     the run fails. most: of this kind on a node, if workers may join and leave while the run goes on (`wanted.py`). What
-    is left out follows from the worker's stages: a driver is run as its stage declares it, with the stage's settings as
-    payload, and never restarted; mapped stages are run by the executor and restarted."""
+    is left out follows from the worker's stages: a driver is run as its stage declares it, with the stage's settings
+    and the `stages` that it hosts as payload, and never restarted; mapped stages are run by the executor and
+    restarted."""
 
     target: str
     payload: dict[str, Any]
@@ -103,13 +104,13 @@ def worker_settings_of(plan: WorkerPlan, graph: Graph, given: Mapping[str, Worke
     """Complete. An entry for the worker's own name goes before one for its kind."""
     stages = [graph.stage(name) for name in plan.stages]
     first = stages[0]
+    payload: dict[str, Any] = {"stages": [msgspec.to_builtins(stage) for stage in stages if stage.kind is Kind.MAPPED]}
     if first.kind is Kind.DRIVER:
-        default = WorkerSettings(target=first.run, payload=dict(first.settings), restart="never")
+        default = WorkerSettings(target=first.run, payload={**payload, **first.settings}, restart="never")
     else:
-        payload = {"stages": [msgspec.to_builtins(stage) for stage in stages]}
         default = WorkerSettings(target=EXECUTOR_TARGET, payload=payload, restart="always")
     settings = given.get(plan.name, given.get(plan.worker, WorkerSettings()))
-    if first.kind is Kind.DRIVER and len(stages) > 1 and "target" not in settings:
+    if sum(stage.kind is Kind.DRIVER for stage in stages) > 1 and "target" not in settings:
         raise ValueError(f"worker_settings.{plan.worker}.target: none, and several drivers share the process")
     return WorkerSettings(**{**default, **settings})
 

@@ -47,7 +47,7 @@ def shard_settings(
     """A shard's rows are in its memory alone: without it the run cannot go on, so it is never restarted."""
     config = {
         "endpoint": endpoint,
-        "consumers": {stage.name: consumer_of(stage) for stage in graph if stage.reads},
+        "consumers": {name: consumer_of(stage) for name, stage in graph.consumers().items()},
         "first_group": topology.node,
         "group_stride": topology.num_nodes,
         "byte_limit": queue.byte_limit,

@@ -53,3 +53,13 @@ class Stage:
             raise ValueError(f"stages.{self.name}.run: {self.run!r}; a dotted path reads 'package.module:name'")
         if not self.worker:
             object.__setattr__(self, "worker", self.name)
+
+    @property
+    def takes_batches(self) -> bool:
+        """From the queue, against the clock."""
+        return self.kind is Kind.DRIVER and self.unit is Unit.BATCH and bool(self.reads)
+
+    @property
+    def is_hosted(self) -> bool:
+        """Runs in the process of the driver that takes the batches."""
+        return self.kind is Kind.MAPPED and self.unit is Unit.BATCH

@@ -104,6 +104,8 @@ def stages(recipe: Recipe) -> list[Stage]:
     """The default graph of the algorithm, and what the recipe adds or replaces by name."""
     declared = {stage.name: stage for stage in _default_stages(recipe)}
     for name, given in recipe.stages.items():
+        worker = "stages" if given.pool == "cpu" else f"stages-{given.pool}"
+        is_hosted = given.unit == Unit.BATCH.value
         declared[name] = Stage(
             name=name,
             run=given.run,
@@ -111,8 +113,8 @@ def stages(recipe: Recipe) -> list[Stage]:
             reads=tuple(given.reads),
             optional=tuple(given.optional),
             writes=tuple(given.writes),
-            pool=given.pool,
-            worker="stages" if given.pool == "cpu" else f"stages-{given.pool}",
+            pool="train" if is_hosted else given.pool,
+            worker="train" if is_hosted else worker,
             settings=given.settings,
         )
     return list(declared.values())
@@ -278,9 +280,9 @@ def worker_settings(built: Pipeline, recipe_path: Path) -> dict[str, WorkerSetti
     for worker, members in built.graph.workers().items():
         payload: dict[str, Any] = {"recipe": str(recipe_path), SHARING: turns} | route.payload() | peers
         target = members[0].run
+        payload["stages"] = [msgspec.to_builtins(stage) for stage in members if stage.kind is Kind.MAPPED]
         if members[0].kind is Kind.MAPPED:
             target = EXECUTOR_TARGET
-            payload["stages"] = [msgspec.to_builtins(stage) for stage in members]
         if worker in (RELAY_STAGE.name, "rollout"):
             payload["address"] = interface_address(built.recipe.network.interface)
         restart: Literal["always", "never"] = "never" if worker == "train" else "always"

@@ -33,7 +33,9 @@ class PoolConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """A stage of yours. run: `file.py:Class` or `package.module:Class` with `process(rows) -> columns`."""
+    """A stage of yours. run: `file.py:Class` or `package.module:Class` with `process(rows) -> columns`. unit: what one
+    call gets: rows, whole groups, or the whole batch of an update, which train has taken and hands over in its own
+    process."""
 
     run: str
     reads: list[str] = field(default_factory=list)
@@ -44,7 +46,9 @@ class StageConfig:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_one_of("stages.*.unit", self.unit, ("row", "group"))
+        check_one_of("stages.*.unit", self.unit, ("row", "group", "batch"))
+        if self.unit == "batch" and self.pool != "cpu":
+            raise ValueError(f"stages.*.pool: {self.pool!r}; a stage with unit 'batch' runs in train's processes")
         check_dotted("stages.*.run", self.run)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from controllers.batches import HostedStages
 from controllers.context import WorkerContext
 from controllers.eventlog import EventLog
 from controllers.messages import FINISHED_TOPIC
@@ -41,7 +42,7 @@ from flowrl.trainer.dump import dumping
 from flowrl.trainer.flops import peak_flops
 from flowrl.trainer.model import load_policy
 from flowrl.trainer.packing import samples_from_rows
-from flowrl.trainer.share import balanced_share
+from flowrl.trainer.share import balanced_share, whole_batch, with_columns_of_first
 from flowrl.trainer.update import PolicyTrainer
 from flowrl.trainer.world import World, any_rank, join
 from transfer_queue.client import QueueClient
@@ -98,7 +99,8 @@ class TrainStage:
         self.started = 0.0
         self.saved_step = 0
         found, _ = recipe.algorithm.streaming(recipe.train.minibatches, recipe.train.epochs)
-        self.streams = found is not Streaming.WAITS
+        self.hosted = HostedStages(context)
+        self.streams = found is not Streaming.WAITS and not self.hosted
         self.metrics = BatchMetrics(recipe.rollout.group_size, has_advantage=not recipe.algorithm.estimates_in_trainer)
 
     def run(self) -> None:
@@ -111,7 +113,7 @@ class TrainStage:
         trainer = self.begin()
         self.publishing.begin(trainer.step)
         queue = QueueClient(self.context.queue_endpoints, secret=self.context.queue_secret)
-        with queue, closing(self.publishing), self.recording(trainer), self.checkpoints:
+        with queue, closing(self.publishing), closing(self.hosted), self.recording(trainer), self.checkpoints:
             self.publish(trainer.step, events)
             turn.give(trainer.step)
             try:
@@ -227,11 +229,15 @@ class TrainStage:
 
     def batch(self, queue: QueueClient, update: int) -> Iterator[Rows]:
         """This rank's rows of the update: as they come, or, if runs are to be repeatable or the update waits for its
-        batch anyway, a share of the sorted whole that is as large as any other rank's."""
-        if not is_strict(self.recipe) and (self.streams or self.world.size == 1):
+        batch anyway, a share of the sorted whole that is as large as any other rank's. Stages of batches get the
+        whole."""
+        if not is_strict(self.recipe) and (self.streams or (self.world.size == 1 and not self.hosted)):
             yield from self.ready_rows(queue, update)
             return
-        share = balanced_share(self.ready_rows(queue, update), self.world)
+        batch = whole_batch(self.ready_rows(queue, update), self.world)
+        if self.hosted and len(batch):
+            batch = with_columns_of_first(batch, self.hosted.process, self.world)
+        share = balanced_share(batch, self.world)
         if len(share):
             yield share
 

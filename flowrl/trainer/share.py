@@ -1,12 +1,12 @@
 """A rank's share of a whole batch, the same whichever rank took which rows, and about as many tokens as any other's.
 
 Ranks exchange what they took, sort it by key, and each keeps its groups. A few megabytes an update, over gloo. For
-updates that must be repeatable, and those that wait for their batch anyway.
+updates that must be repeatable, those that wait for their batch anyway, and stages that want all of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 import torch
@@ -17,28 +17,40 @@ from flowrl.trainer.world import World
 from transfer_queue.rows import RowKey, Rows
 from transfer_queue.sampling import balanced_partition
 
+NO_ROWS = Rows([], {})
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Parcel).decode
 
 
-def balanced_share(parts: Iterable[Rows], world: World) -> Rows:
-    """On every rank, with what it took of one batch: the rows of its groups, whole, in the order of keys."""
+def whole_batch(parts: Iterable[Rows], world: World) -> Rows:
+    """On every rank, with what it took of one batch: all of it, in the order of keys."""
     taken = list(parts)
-    everybody = exchange(Rows.concatenate(taken) if taken else Rows([], {}), world)
-    whole = [rows for rows in everybody if len(rows)]
-    if not whole:
-        return Rows([], {})
-    batch = Rows.concatenate(whole)
+    everybody = exchange(Rows.concatenate(taken) if taken else NO_ROWS, world)
+    filled = [rows for rows in everybody if len(rows)]
+    if not filled:
+        return NO_ROWS
+    batch = Rows.concatenate(filled)
+    return batch.select(sorted(range(len(batch)), key=lambda index: batch.keys[index]))
+
+
+def balanced_share(batch: Rows, world: World) -> Rows:
+    """On every rank, of a batch that all have: the rows of its groups, whole."""
+    if not len(batch):
+        return NO_ROWS
     length_B = batch["prompt_tokens"].lengths + batch["response_tokens"].lengths
     tokens_of: dict[tuple[str, int, int], int] = {}
-    order = sorted(range(len(batch)), key=lambda index: batch.keys[index])
-    for index in order:
-        group = _group(batch.keys[index])
-        tokens_of[group] = tokens_of.get(group, 0) + int(length_B[index])
+    for key, length in zip(batch.keys, length_B.tolist(), strict=True):
+        tokens_of[_group(key)] = tokens_of.get(_group(key), 0) + length
     groups = list(tokens_of)
     mine = {groups[place] for place in balanced_partition(list(tokens_of.values()), world.size)[world.rank]}
-    kept = [index for index in order if _group(batch.keys[index]) in mine]
-    return batch.select(kept) if kept else Rows([], {})
+    kept = [index for index, key in enumerate(batch.keys) if _group(key) in mine]
+    return batch.select(kept) if kept else NO_ROWS
+
+
+def with_columns_of_first(batch: Rows, make: Callable[[Rows], Rows], world: World) -> Rows:
+    """On every rank, with a batch that all have: that and the columns which rank 0 makes of it, once for all."""
+    made = exchange(make(batch) if world.rank == 0 else NO_ROWS, world)[0]
+    return Rows(batch.keys, {**batch.columns, **made.columns}, batch.versions)
 
 
 def exchange(rows: Rows, world: World) -> list[Rows]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from controllers.drawing import graph_mermaid, graph_text
 from controllers.graph import Edge, Graph
-from controllers.stage import Kind, Stage
+from controllers.stage import Kind, Stage, Unit
 
 
 def stage(name: str, reads: str = "", writes: str = "", **fields: Any) -> Stage:
@@ -74,6 +74,34 @@ def test_optional_column_may_be_unwritten() -> None:
 
 def test_two_writers_are_refused() -> None:
     assert "written by stage 'a' and by stage 'b'" in refusal([stage("a", "", "x"), stage("b", "", "x")])
+
+
+BATCHES = [
+    stage("source", "", "seed", kind=Kind.DRIVER),
+    stage("weigh", "seed", "weight"),
+    stage("rank", "weight", "place", unit=Unit.BATCH, worker="learn", optional=("hint",)),
+    stage("scale", "place seed", "scaled", unit=Unit.BATCH, worker="learn"),
+    stage("learn", "seed scaled", kind=Kind.DRIVER, unit=Unit.BATCH),
+]
+
+
+def test_stages_of_batches_run_with_the_driver_that_takes_them_for_all() -> None:
+    graph = Graph.of(BATCHES)
+    assert [member.name for member in graph.workers()["learn"]] == ["learn", "rank", "scale"]
+    consumers = graph.consumers()
+    assert list(consumers) == ["weigh", "learn"]
+    assert consumers["learn"].reads == ("seed", "weight"), "what it and they read, less what they write"
+    assert consumers["learn"].optional == ("hint",)
+
+
+def test_a_stage_of_batches_without_their_driver_is_refused() -> None:
+    alone = [*BATCHES[:2], stage("rank", "weight", "place", unit=Unit.BATCH)]
+    assert refusal(alone).startswith("stages.rank.unit: 'batch'; it runs with the one driver that takes batches")
+
+
+def test_what_is_made_of_batches_never_reaches_the_queue() -> None:
+    text = refusal([*BATCHES, stage("late", "scaled")])
+    assert text.startswith("stages.late.reads: column 'scaled' is made of whole batches by stage 'scale'")
 
 
 def test_unknown_after_and_duplicate_name_are_refused() -> None:

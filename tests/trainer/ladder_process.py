@@ -21,7 +21,7 @@ from flowrl.trainer.failure import NonFiniteUpdate
 from flowrl.trainer.model import load_policy
 from flowrl.trainer.packing import Demonstration, Sample
 from flowrl.trainer.reference import Reference
-from flowrl.trainer.share import balanced_share
+from flowrl.trainer.share import balanced_share, whole_batch
 from flowrl.trainer.supervised import SupervisedTrainer
 from flowrl.trainer.update import PolicyTrainer
 from flowrl.trainer.world import World
@@ -203,7 +203,7 @@ def share_case(world: World, out: Path, models: Path) -> None:
     found = {}
     for name, taker in {"mostly one": lambda group: group % 7 == 0, "evenly": lambda group: group % 2}.items():
         mine = [group for group in range(30) if int(taker(group)) % world.size == world.rank]
-        rows = balanced_share([group_rows(group) for group in mine], world)
+        rows = balanced_share(whole_batch([group_rows(group) for group in mine], world), world)
         tokens = len(rows["response_tokens"].values) + len(rows["prompt_tokens"].values)
         found[name] = {"keys": [[key.group, key.index] for key in rows.keys], "tokens": tokens}
     (out / f"share-{world.rank}.json").write_text(json.dumps(found))
