@@ -1,7 +1,8 @@
 """The DAG: edges derived from the columns that stages read and write. Pure: no I/O, no processes.
 
 Edges run from the writer of a column to its readers in the same partition, and from a stage to those that start `after`
-it. An optional column gives an edge that nobody waits for, so it may close a circle. Where stages run is
+it. Drivers that read nothing and write the same columns are *producers* of the same rows, each of which one of them
+makes. An optional column gives an edge that nobody waits for, so it may close a circle. Where stages run is
 `placement.py`'s matter, how it looks `drawing.py`'s.
 
 Batches are the clock's: only a driver takes them. A mapped stage whose unit is the batch is therefore *hosted*: it runs
@@ -123,33 +124,39 @@ def _column_edges(stages: Sequence[Stage]) -> tuple[Edge, ...]:
     columns: dict[tuple[str, str, bool], list[str]] = {}
     for stage in stages:
         for column in stage.reads:
-            writer = writers.get((stage.partition, column))
-            if writer is None:
+            sources = writers.get((stage.partition, column), ())
+            if not sources:
                 known = sorted(name for partition, name in writers if partition == stage.partition)
                 raise ValueError(
                     f"stages.{stage.name}.reads: column {column!r} is written by no stage of partition "
                     f"{stage.partition!r}{_nearest(column, known)}"
                 )
-            columns.setdefault((writer, stage.name, False), []).append(column)
+            for source in sources:
+                columns.setdefault((source, stage.name, False), []).append(column)
         for column in stage.optional:
-            writer = writers.get((stage.partition, column))
-            if writer is not None:
-                columns.setdefault((writer, stage.name, True), []).append(column)
+            for source in writers.get((stage.partition, column), ()):
+                columns.setdefault((source, stage.name, True), []).append(column)
     return tuple(Edge(source, target, tuple(names), optional) for (source, target, optional), names in columns.items())
 
 
-def _writers(stages: Sequence[Stage]) -> dict[tuple[str, str], str]:
-    """(partition, column) -> stage."""
-    writers: dict[tuple[str, str], str] = {}
+def _writers(stages: Sequence[Stage]) -> dict[tuple[str, str], list[str]]:
+    """(partition, column) -> stages: one, or producers of the same rows."""
+    writers: dict[tuple[str, str], list[Stage]] = {}
     for stage in stages:
         for column in stage.writes:
-            other = writers.setdefault((stage.partition, column), stage.name)
-            if other != stage.name:
+            others = writers.setdefault((stage.partition, column), [])
+            if others and not _are_producers(others[0], stage):
                 raise ValueError(
-                    f"column {column!r} of partition {stage.partition!r}: written by stage {other!r} and by stage "
-                    f"{stage.name!r}; a column has one writer"
+                    f"column {column!r} of partition {stage.partition!r}: written by stage {others[0].name!r} and by "
+                    f"stage {stage.name!r}; a column has one writer, or producers that write the same columns"
                 )
-    return writers
+            others.append(stage)
+    return {place: [stage.name for stage in found] for place, found in writers.items()}
+
+
+def _are_producers(one: Stage, other: Stage) -> bool:
+    are_drivers = one.kind is other.kind is Kind.DRIVER
+    return are_drivers and not (one.reads or other.reads) and set(one.writes) == set(other.writes)
 
 
 def _after_edges(stages: Sequence[Stage]) -> tuple[Edge, ...]:

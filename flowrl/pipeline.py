@@ -5,10 +5,7 @@ Imports nothing heavy: a recipe is checked, drawn and placed without torch. Exec
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import socket
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +14,14 @@ from typing import Any, Literal
 import msgspec
 
 from controllers.graph import Graph
+from controllers.network import interface_address
 from controllers.placement import HOST_DEVICE, Pool, WorkerPlan, plan, sharing
 from controllers.settings import EXECUTOR_TARGET, ControllerSettings, QueueSettings, WorkerSettings
 from controllers.stage import Kind, Stage, Unit
 from controllers.supervisor import Limits
 from flowrl.config import PoolConfig, Recipe, to_yaml
 from flowrl.config.recipe import (
+    ROLLOUT,
     hands_over_batches,
     needs_segments,
     refuse_uneven_shares,
@@ -34,7 +33,6 @@ from flowrl.rollout.sglang.arguments import gpus_of_servers
 from flowrl.stages.turns import SHARING
 from flowrl.weights.place import Route, version_bytes
 
-SIOCGIFADDR = 0x8915
 MANY_ENGINES = 1024
 
 ROLLOUT_COLUMNS = (
@@ -75,19 +73,29 @@ def build(recipe: Recipe, num_nodes: int) -> Pipeline:
     """Raises ValueError for a graph or a placement that cannot be."""
     graph = Graph.of(stages(recipe))
     workers = plan(graph, pools(recipe), num_nodes)
-    route = Route.of(workers)
+    route = Route.of(workers, recipe)
     if recipe.weights.transport == "shared_memory" and route.needs_relays:
         graph = Graph.of([*stages(recipe), RELAY_STAGE])
         workers = plan(graph, [*pools(recipe), Pool(name="relay", nodes=route.nodes)], num_nodes)
     refuse_evaluation_elsewhere(recipe, workers)
-    refuse_uneven_shares(recipe, sum(worker.worker == "rollout" for worker in workers))
-    if recipe.rollout.engine == "sglang" and not recipe.rollout.urls:
-        for worker in workers:
-            if worker.worker == "rollout":
-                gpus_of_servers(worker.devices, recipe.rollout.servers, recipe.rollout.server_args)
-    if sharing(workers, "rollout", "train"):
+    refuse_uneven_shares(recipe, sum(worker.worker == ROLLOUT for worker in workers))
+    refuse_uneven_servers(recipe, workers)
+    if sharing(workers, ROLLOUT, "train"):
         refuse_what_cannot_alternate(recipe)
+    for name in recipe.producers:
+        if shared := sharing(workers, name, "train"):
+            raise ValueError(
+                f"producers.{name}.pool: {sorted(shared)} share devices; only rollout's engines take turns"
+            )
     return Pipeline(recipe, graph, workers)
+
+
+def refuse_uneven_servers(recipe: Recipe, workers: Sequence[WorkerPlan]) -> None:
+    """Raises ValueError where the GPUs of a worker do not divide among its SGLang servers."""
+    for worker in workers:
+        rollout = recipe.producer(worker.worker).rollout
+        if worker.worker in recipe.rollout_stages and rollout.engine == "sglang" and not rollout.urls:
+            gpus_of_servers(worker.devices, rollout.servers, rollout.server_args)
 
 
 def refuse_evaluation_elsewhere(recipe: Recipe, workers: Sequence[WorkerPlan]) -> None:
@@ -102,7 +110,10 @@ def refuse_evaluation_elsewhere(recipe: Recipe, workers: Sequence[WorkerPlan]) -
 
 def stages(recipe: Recipe) -> list[Stage]:
     """The default graph of the algorithm, and what the recipe adds or replaces by name."""
-    declared = {stage.name: stage for stage in _default_stages(recipe)}
+    declared: dict[str, Stage] = {}
+    for stage in _default_stages(recipe):
+        if declared.setdefault(stage.name, stage) is not stage:
+            raise ValueError(f"producers.{stage.name}: there is a stage of that name")
     for name, given in recipe.stages.items():
         worker = "stages" if given.pool == "cpu" else f"stages-{given.pool}"
         is_hosted = given.unit == Unit.BATCH.value
@@ -122,14 +133,7 @@ def stages(recipe: Recipe) -> list[Stage]:
 
 def _default_stages(recipe: Recipe) -> list[Stage]:
     found = [
-        Stage(
-            name="rollout",
-            run="flowrl.stages.rollout:main",
-            kind=Kind.DRIVER,
-            unit=Unit.GROUP,
-            writes=(*ROLLOUT_COLUMNS, *_episode_columns(recipe), *_greedy_columns(recipe), *_expert_columns(recipe)),
-            pool="rollout",
-        ),
+        *(_rollout_stage(recipe, name) for name in recipe.rollout_stages),
         Stage(
             name="reward",
             run="flowrl.stages.reward:Reward",
@@ -195,6 +199,18 @@ def _default_stages(recipe: Recipe) -> list[Stage]:
     if recipe.eval is not None:
         found.append(Stage(name="evaluate", run="flowrl.stages.evaluate:main", kind=Kind.DRIVER, pool="eval"))
     return found
+
+
+def _rollout_stage(recipe: Recipe, name: str) -> Stage:
+    given = recipe.producers.get(name)
+    return Stage(
+        name=name,
+        run="flowrl.stages.rollout:main",
+        kind=Kind.DRIVER,
+        unit=Unit.GROUP,
+        writes=(*ROLLOUT_COLUMNS, *_episode_columns(recipe), *_greedy_columns(recipe), *_expert_columns(recipe)),
+        pool=name if given is None or given.pool is None else given.pool,
+    )
 
 
 def _episode_columns(recipe: Recipe) -> tuple[str, ...]:
@@ -271,10 +287,10 @@ def worker_settings(built: Pipeline, recipe_path: Path) -> dict[str, WorkerSetti
     """How each kind of worker is started, what it is given, and whether it comes back after a death: engines, stages
     and evaluation do; a rank of the trainer's world does not, because the world dies with it."""
     settings: dict[str, WorkerSettings] = {}
-    route = Route.of(built.workers)
-    turns = sharing(built.workers, "rollout", "train")
+    route = Route.of(built.workers, built.recipe)
+    turns = sharing(built.workers, ROLLOUT, "train")
     peers = {
-        "engines": [plan.name for plan in built.workers if plan.worker == "rollout"],
+        "engines": [plan.name for plan in built.workers if plan.worker in built.recipe.rollout_stages],
         "trainer_ranks": sum(plan.worker == "train" for plan in built.workers),
     }
     for worker, members in built.graph.workers().items():
@@ -283,27 +299,29 @@ def worker_settings(built: Pipeline, recipe_path: Path) -> dict[str, WorkerSetti
         payload["stages"] = [msgspec.to_builtins(stage) for stage in members if stage.kind is Kind.MAPPED]
         if members[0].kind is Kind.MAPPED:
             target = EXECUTOR_TARGET
-        if worker in (RELAY_STAGE.name, "rollout"):
+        if worker in (RELAY_STAGE.name, *built.recipe.rollout_stages):
             payload["address"] = interface_address(built.recipe.network.interface)
         restart: Literal["always", "never"] = "never" if worker == "train" else "always"
         settings[worker] = {"target": target, "payload": payload, "restart": restart}
-    settings["rollout"]["most"] = most_engines(built)
+    for name in built.recipe.rollout_stages:
+        settings[name]["most"] = most_engines(built, name)
     return settings
 
 
-def most_engines(built: Pipeline) -> int:
+def most_engines(built: Pipeline, stage: str = ROLLOUT) -> int:
     """That a node may have: as many as one likes on the host, one a device elsewhere. 0 where they cannot join or leave
     a run: shares of an update are settled from its start, and so are who takes turns and to whom ranks send weights."""
     is_collective = built.recipe.weights.transport == "collective"
-    if is_collective or hands_over_batches(built.recipe) or sharing(built.workers, "rollout", "train"):
+    if is_collective or hands_over_batches(built.recipe) or sharing(built.workers, ROLLOUT, "train"):
         return 0
-    pool = next(pool for pool in pools(built.recipe) if pool.name == "rollout")
+    pool = next(pool for pool in pools(built.recipe) if pool.name == built.graph.stage(stage).pool)
     return MANY_ENGINES if pool.devices == (HOST_DEVICE,) else pool.workers
 
 
 def controller_settings(built: Pipeline, run_dir: Path, life: Life) -> ControllerSettings:
     """Raises ValueError for an interface that this machine does not have."""
     recipe = built.recipe
+    route = Route.of(built.workers, recipe)
     optional: dict[str, Any] = {}
     if recipe.run.session_dir is not None:
         optional["session_root"] = Path(recipe.run.session_dir)
@@ -323,7 +341,7 @@ def controller_settings(built: Pipeline, run_dir: Path, life: Life) -> Controlle
             byte_limit=recipe.queue.byte_limit_mb << 20,
             lease_s=recipe.queue.lease_s,
         ),
-        needed_bytes=published_bytes(recipe, Route.of(built.workers)) + (recipe.queue.byte_limit_mb << 20),
+        needed_bytes=published_bytes(recipe, route) + (recipe.queue.byte_limit_mb << 20),
         interface=recipe.network.interface,
         is_trusted=recipe.network.trusted,
         address=interface_address(recipe.network.interface),
@@ -367,17 +385,3 @@ def code_digest() -> str:
             digest.update(str(path.relative_to(home)).encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def interface_address(interface: str) -> str:
-    """The IPv4 address of a network interface of this machine."""
-    request = struct.pack("256s", interface.encode()[:15])
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)
-        except OSError as error:
-            names = ", ".join(name for _, name in socket.if_nameindex())
-            raise ValueError(
-                f"network.interface: {interface!r}; has no address here ({error.strerror}); this machine has {names}"
-            ) from None
-    return socket.inet_ntoa(answer[20:24])

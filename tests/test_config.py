@@ -47,6 +47,10 @@ QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
         ("network.interface=eth0", "network.trusted: false"),
         ("algorithm.dual_clip=0.5", "algorithm.dual_clip: 0.5; must be above 1, or null"),
         ("pools.rollout.devices=[cuda]", "pools.*.devices: 'cuda'; must read 'cpu', or with a number"),
+        ("producers.more.engine=vllm", "producers.more: rollout.engine: 'vllm'; must be one of"),
+        ("producers.more.servers=2", "producers.more: rollout.servers: 2; only rollout.engine=sglang has that"),
+        ("producers.more.temperature=2", "producers.more.temperature: 2; no such field"),
+        ("producers.rollout.concurrency=2", "producers.rollout: there is a stage of that name"),
         ("run.name=a/b", "run.name: 'a/b'; must be a directory name"),
     ],
 )
@@ -109,4 +113,40 @@ def test_what_an_engine_that_takes_turns_cannot_keep_is_refused(overrides: list[
         return
     with pytest.raises(ValueError) as error:
         pipeline.build(recipe, 1)
+    assert message in str(error.value)
+
+
+def test_a_producer_is_as_rollout_but_for_what_it_says_and_what_belongs_to_another_engine() -> None:
+    overrides = ["rollout.engine=sglang", "rollout.servers=2", "rollout.server_args={tp_size: 2}", "rollout.python=py"]
+    producers = ["producers={same: {concurrency: 3}, other: {engine: embedded, pool: cpu}}"]
+    recipe = load(QUICKSTART, [*overrides, *producers])
+    same, other = (recipe.producer(name).rollout for name in ("same", "other"))
+    assert (same.engine, same.servers, same.server_args, same.concurrency) == ("sglang", 2, {"tp_size": 2}, 3)
+    assert (other.engine, other.servers, other.server_args, other.python) == ("embedded", 1, {}, None)
+    assert other.concurrency == recipe.rollout.concurrency and recipe.producer("rollout") is recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("producers={more: {}}", "rollout.handover=batch"), "producers: ['more']; rollout.handover=batch and"),
+        (("producers={more: {}}", "run.determinism=strict", "staleness.max=0"), "producers: ['more']; rollout"),
+        (("producers={reward: {pool: cpu}}",), "producers.reward: there is a stage of that name"),
+        (("producers={more: {}}",), "stages.more.pool: 'more'; the pools are"),
+        (
+            (
+                "producers={more: {}}", "pools.more.devices=['cpu:0']",
+                "pools.train.devices=['cpu:0']", "pools.rollout.devices=['cpu:1']",
+            ),
+            "producers.more.pool: ['more.0.0', 'train.0.0'] share devices; only rollout's engines take turns",
+        ),
+        (
+            ("rollout.engine=sglang", "rollout.urls=['http://a:1','http://b:1']", "producers={more: {}}"),
+            "producers.more.urls: ['http://a:1', 'http://b:1']; another rollout stage has these servers",
+        ),
+    ],
+)  # fmt: skip
+def test_producers_that_cannot_stand_beside_rollout_are_refused(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        pipeline.build(load(QUICKSTART, overrides), 1)
     assert message in str(error.value)

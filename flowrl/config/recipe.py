@@ -6,13 +6,14 @@ several is checked in `Recipe`. Reading and writing recipes is `load.py`. Nothin
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from flowrl.algorithms.declarations import ADVANTAGES
 from flowrl.config.algorithm import AlgorithmConfig, StalenessConfig
 from flowrl.config.data import DataConfig, EvalConfig
 from flowrl.config.machines import NetworkConfig, PoolConfig, QueueSettings, RunConfig, StageConfig
 from flowrl.config.model import ModelConfig
+from flowrl.config.producers import ProducerConfig
 from flowrl.config.rollout import EPISODE_REWARD, EPISODES, RewardConfig, RolloutConfig
 from flowrl.config.train import CriticConfig, ReferenceConfig, TrainConfig, WarmStartConfig
 from flowrl.config.weights import WeightsConfig
@@ -20,11 +21,13 @@ from flowrl.config.weights import WeightsConfig
 # Updates after which a token of segment_ppo needs the proximal stage.
 LEAST_LAG = 2
 SINGLE_TURN = "single_turn"
+ROLLOUT = "rollout"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole recipe. `pools` adds to, or replaces, the four that exist: rollout, train, cpu, eval."""
+    """A whole recipe. `pools` adds to, or replaces, the four that exist: rollout, train, cpu, eval. `producers`: by
+    name, rollout stages beside the one that `rollout` describes."""
 
     model: ModelConfig
     data: DataConfig
@@ -33,6 +36,7 @@ class Recipe:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     staleness: StalenessConfig = field(default_factory=StalenessConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    producers: dict[str, ProducerConfig] = field(default_factory=dict)
     train: TrainConfig = field(default_factory=TrainConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
@@ -53,6 +57,7 @@ class Recipe:
         check_reward_of_episodes(self)
         refuse_incomplete_shares(self)
         refuse_readers_without_files(self)
+        refuse_unsuitable_producers(self)
         if self.run.determinism == "strict":
             refuse_what_is_not_deterministic(self)
         if self.network.interface != "lo" and not self.network.trusted:
@@ -60,6 +65,35 @@ class Recipe:
                 "network.trusted: false; torch RPC has no secret and unpickles, so a run on network.interface="
                 f"{self.network.interface} is refused unless you say that the network is closed"
             )
+
+    def producer(self, name: str) -> Recipe:
+        """As the rollout stage of that name has it: `rollout` is what it says, and it knows of no other."""
+        given = self.producers.get(name)
+        return self if given is None else replace(self, rollout=given.rollout(self.rollout), producers={})
+
+    @property
+    def rollout_stages(self) -> tuple[str, ...]:
+        return (ROLLOUT, *self.producers)
+
+
+def refuse_unsuitable_producers(recipe: Recipe) -> None:
+    """Those that do not stand beside `rollout`; and what is wrong with one, by its name."""
+    if recipe.producers and hands_over_batches(recipe):
+        raise ValueError(
+            f"producers: {sorted(recipe.producers)}; rollout.handover=batch and run.determinism=strict deal an update "
+            "out to the engines of one stage"
+        )
+    servers = list(recipe.rollout.urls)
+    for name in recipe.producers:
+        if name in (ROLLOUT, *recipe.stages):
+            raise ValueError(f"producers.{name}: there is a stage of that name")
+        try:
+            urls = recipe.producer(name).rollout.urls
+        except ValueError as error:
+            raise ValueError(f"producers.{name}: {error}") from error
+        if shared := sorted(set(servers).intersection(urls)):
+            raise ValueError(f"producers.{name}.urls: {shared}; another rollout stage has these servers")
+        servers += urls
 
 
 def takes_episode_reward(recipe: Recipe) -> bool:

@@ -48,12 +48,13 @@ def worker_memory(plan: WorkerPlan, recipe: Recipe, shape: ModelShape) -> list[N
     is_gpu = backing_device(plan.devices[0]) != HOST_DEVICE
     if plan.worker == "train":
         return trainer_memory(plan, recipe, shape, is_offloaded=is_gpu and recipe.train.offload == "all")
-    if plan.worker == "rollout" and recipe.rollout.engine == "sglang":
+    rollout = recipe.producer(plan.worker).rollout
+    if plan.worker in recipe.rollout_stages and rollout.engine == "sglang":
         what = "weights in the server (its KV cache: server_args.mem_fraction_static)"
-        is_freed = is_gpu and bool(recipe.rollout.server_args.get("enable_memory_saver"))
+        is_freed = is_gpu and bool(rollout.server_args.get("enable_memory_saver"))
         return [Need(what, _serving(recipe, shape), False, in_turn=is_freed)]
-    if plan.worker == "rollout":
-        return engine_memory(recipe, shape, recipe.rollout.concurrency * recipe.rollout.group_size, is_parked=is_gpu)
+    if plan.worker in recipe.rollout_stages:
+        return engine_memory(recipe, shape, rollout.concurrency * rollout.group_size, is_parked=is_gpu)
     if plan.worker == "evaluate":
         return engine_memory(recipe, shape, EVALUATION_BATCH)
     return []

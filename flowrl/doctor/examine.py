@@ -56,13 +56,13 @@ def _environment(found: Diagnosis, built: Pipeline, machine: Machine) -> None:
     ]
     found.problems += [f"{name} is not installed" for name, text in versions.items() if not text]
     lines.append(f"{machine.cores} cores, {size(machine.memory)} of memory, {len(machine.gpus)} GPUs")
-    if recipe.rollout.engine == "sglang":
-        python = recipe.rollout.python or sys.executable
+    rollouts = [recipe.producer(name).rollout for name in recipe.rollout_stages]
+    for python in dict.fromkeys(rollout.python or sys.executable for rollout in rollouts if rollout.engine == "sglang"):
         version = sglang_version(python)
         lines.append(f"sglang {version or 'missing'} in {python}")
         if not version:
             found.problems.append(f"rollout.python: {python!r} has no sglang, and rollout.engine is sglang")
-    engines = sum(plan.worker == "rollout" for plan in built.workers)
+    engines = sum(plan.worker in recipe.rollout_stages for plan in built.workers)
     wanted = max(MIN_OPEN_FILES, FILES_PER_ENGINE * engines)
     lines.append(f"open files: at most {machine.open_files} a process")
     if machine.open_files < wanted:
@@ -109,7 +109,9 @@ def _memory(
             lines.append(f"{device}: {size(total * times)} of {size(has)}" + (f" ({times} nodes)" if times > 1 else ""))
             if total * times > has:
                 found.problems.append(f"memory of {device}: {size(total * times)} needed, {size(has)} there")
-    threads = sum(plan.threads for plan in plans if plan.worker in ("rollout", "train")) * nodes_on_host
+    threads = (
+        sum(plan.threads for plan in plans if plan.worker in ("train", *built.recipe.rollout_stages)) * nodes_on_host
+    )
     if threads > machine.cores:
         found.doubts.append(f"threads: {threads} for rollout and training, and {machine.cores} cores (pools.*.threads)")
     found.sections.append(("Memory by device", lines))
@@ -137,7 +139,8 @@ def ports(built: Pipeline, num_nodes: int, *, is_on_one_host: bool) -> list[str]
     """Which the run listens on, on which interface, and who must reach them."""
     lines = []
     network = built.recipe.network.interface
-    if built.recipe.rollout.engine == "sglang":
+    stages = built.recipe.rollout_stages
+    if any(built.recipe.producer(name).rollout.engine == "sglang" for name in stages):
         lines.append("loopback: one for each SGLang server, free ones, reached by its own worker only")
     if num_nodes == 1:
         return lines or ["none: one node's workers speak through sockets in its session directory"]

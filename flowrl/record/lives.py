@@ -26,7 +26,7 @@ CHECKPOINTS_DIR = "checkpoints"
 _LIVES_FILE = "lives.jsonl"
 _CHECKPOINT_NAME = re.compile(r"step_(\d+)")
 
-MAY_CHANGE = ("run", "pools", "network", "queue", "weights", "eval", "stages")
+MAY_CHANGE = ("run", "pools", "network", "queue", "weights", "eval", "stages", "producers")
 """Sections of a recipe that a later life may have otherwise: where and how it runs, not what it computes."""
 MAY_CHANGE_WITHIN = {"train": ("steps", "micro_batch_tokens"), "rollout": ("concurrency", "python", "server_args")}
 

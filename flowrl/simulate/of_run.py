@@ -28,7 +28,7 @@ def setting_of_recipe(recipe: Recipe, num_nodes: int = 1) -> Setting:
         max_staleness=recipe.staleness.max,
         surplus_groups=recipe.rollout.oversampling,
         late=recipe.staleness.late,
-        engines=sum(worker.worker == "rollout" for worker in workers),
+        engines=sum(worker.worker in recipe.rollout_stages for worker in workers),
         concurrency=recipe.rollout.concurrency,
         shards=num_nodes,
     )

@@ -46,7 +46,7 @@ GREEDY = "greedy"
 
 
 def main(context: WorkerContext) -> None:
-    recipe = load(context.payload["recipe"])
+    recipe = load(context.payload["recipe"]).producer(context.worker)
     fix_kernels(recipe)
     episodes = EpisodeRunner(recipe, context.log, context.report)
     prompts = Prompts(recipe, episodes.encoder)

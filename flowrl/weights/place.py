@@ -29,9 +29,9 @@ class Route:
     serving: tuple[int, ...]
 
     @classmethod
-    def of(cls, workers: Sequence[WorkerPlan]) -> Route:
+    def of(cls, workers: Sequence[WorkerPlan], recipe: Recipe) -> Route:
         trainer = {plan.node for plan in workers if plan.worker == "train"}
-        serving = {plan.node for plan in workers if plan.worker in ("rollout", "evaluate")}
+        serving = {plan.node for plan in workers if plan.worker in (*recipe.rollout_stages, "evaluate")}
         return cls(tuple(sorted(trainer)), tuple(sorted(serving)))
 
     @classmethod
@@ -82,7 +82,7 @@ def publishes_adapters(recipe: Recipe) -> bool:
     served merged weights; straight into engines go the tensors that they have."""
     return (
         recipe.model.lora is not None
-        and recipe.rollout.engine == "embedded"
+        and all(recipe.producer(name).rollout.engine == "embedded" for name in recipe.rollout_stages)
         and recipe.weights.transport != "collective"
     )
 

@@ -32,10 +32,17 @@ def test_a_controller_hears_of_its_own_node_once(tmp_path: Path) -> None:
     assert patient.news() == {}, "nothing has changed"
 
 
+def test_engines_of_a_producer_are_counted_by_its_name(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "producers={more: {pool: rollout}}")
+    assert main(["engines", str(run), "2"]) == 0 and main(["engines", str(run), "3", "--stage", "more"]) == 0
+    assert read(run) == {"rollout": {"0": 2}, "more": {"0": 3}}
+
+
 @pytest.mark.parametrize(
     ("overrides", "arguments", "message"),
     [
         ([], ["2", "--node", "1"], "has no recipe.node1.yaml"),
+        ([], ["1", "--stage", "train"], "stage: 'train'; must be one of rollout"),
         ([], ["-1"], "count: -1; must be from 0 to"),
         (["pools.rollout.devices=[cuda:0,cuda:1]", "pools.rollout.workers=2"], ["3"], "count: 3; must be from 0 to 2"),
         (["rollout.handover=batch"], ["2"], "count: 2; engines cannot join or leave this run"),

@@ -72,6 +72,27 @@ def test_optional_column_may_be_unwritten() -> None:
     assert not Graph.of([stage("a", optional=("x",))]).edges
 
 
+def test_drivers_that_write_the_same_columns_are_producers_of_the_same_rows() -> None:
+    one, other = (stage(name, "", "seed more", kind=Kind.DRIVER) for name in ("one", "other"))
+    graph = Graph.of([stage("reader", "seed", optional=("more",)), one, other])
+    assert {(edge.source, edge.is_optional) for edge in graph.edges} == {
+        (name, optional) for name in ("one", "other") for optional in (False, True)
+    }
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        stage("b", "", "x y", kind=Kind.DRIVER),
+        stage("b", "", "x"),
+        stage("b", "z", "x", kind=Kind.DRIVER),
+    ],
+)
+def test_two_writers_that_are_no_producers_of_the_same_rows_are_refused(second: Stage) -> None:
+    first = stage("a", "", "x", kind=Kind.DRIVER)
+    assert "written by stage 'a' and by stage 'b'" in refusal([first, second, stage("c", "", "z")])
+
+
 def test_two_writers_are_refused() -> None:
     assert "written by stage 'a' and by stage 'b'" in refusal([stage("a", "", "x"), stage("b", "", "x")])
 

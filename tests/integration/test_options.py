@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,20 @@ def test_two_trainer_ranks_of_one_node_share_an_update(tmp_path: Path) -> None:
     run, _ = ran(tmp_path, "pools.train.workers=2", "run.checkpoint_every=3")
     assert (run / "logs" / "train.0.1.log").exists()
     assert (run / "checkpoints" / "step_6").is_dir()
+
+
+def test_two_rollout_stages_share_the_groups_of_every_update(tmp_path: Path) -> None:
+    run, _ = ran(
+        tmp_path, "producers={wanderers: {pool: wanderers, in_flight: recompute, concurrency: 4}}",
+        "pools.wanderers.workers=2", "rollout.concurrency=4",
+    )  # fmt: skip
+    log = events(run)
+    trained = {tuple(event["key"]) for event in log if event["kind"] == "trained"}
+    made_by = {tuple(event["key"]): event["producer"] for event in log if event["kind"] == "reserved"}
+    names = Counter(made_by[key] for key in trained)
+    assert set(names) == {"rollout.0.0", "wanderers.0.0", "wanderers.0.1"} and min(names.values()) >= 8
+    versions = {version for event in log if event["kind"] == "sampled" for version, _ in event["versions"]}
+    assert max(versions) >= 3
 
 
 def test_weights_can_go_straight_into_engines(tmp_path: Path) -> None:

@@ -16,6 +16,21 @@ from tests.rollout.sglang_environment import sglang_python
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(400)]
 
 
+@pytest.mark.slow
+def test_servers_and_an_embedded_engine_sample_for_one_trainer(tmp_path: Path) -> None:
+    """As many updates as the embedded engine takes to be far from done when the server is there."""
+    overrides = (
+        "rollout.concurrency=1", "producers={servers: {pool: servers, engine: sglang, concurrency: 4, "
+        f"python: {sglang_python()}}}}}", "pools.servers.threads=1", "eval=null", "train.steps=700",
+    )  # fmt: skip
+    code, output = run_to_end(small_run(tmp_path, *overrides), timeout_s=350, cwd=ROOT)
+    assert code == 0, output
+    log = events(tmp_path / "runs" / "small")
+    trained = {tuple(event["key"]) for event in log if event["kind"] == "trained"}
+    producers = {event["producer"] for event in log if event["kind"] == "reserved" and tuple(event["key"]) in trained}
+    assert len(trained) == 700 * 64 and producers == {"rollout.0.0", "servers.0.0"}
+
+
 def test_ten_steps_train_through_a_real_server_and_are_replayed_bit_for_bit(tmp_path: Path) -> None:
     overrides = ("rollout.engine=sglang", f"rollout.python={sglang_python()}", "eval.every=10")
     code, output = run_to_end(small_run(tmp_path, *overrides, steps=10), timeout_s=350, cwd=ROOT)
