@@ -344,6 +344,8 @@ def controller_settings(built: Pipeline, run_dir: Path, life: Life) -> Controlle
         needed_bytes=published_bytes(recipe, route) + (recipe.queue.byte_limit_mb << 20),
         interface=recipe.network.interface,
         is_trusted=recipe.network.trusted,
+        start_s=recipe.network.meet_s,
+        peer_s=recipe.network.peer_s,
         address=interface_address(recipe.network.interface),
         recipe=fingerprint(recipe),
         versions={"code": code_digest()},

@@ -8,6 +8,7 @@ import pytest
 
 from flowrl import pipeline
 from flowrl.config import load, to_yaml
+from flowrl.record.lives import Life
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
@@ -51,6 +52,8 @@ QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
         ("producers.more.servers=2", "producers.more: rollout.servers: 2; only rollout.engine=sglang has that"),
         ("producers.more.temperature=2", "producers.more.temperature: 2; no such field"),
         ("producers.rollout.concurrency=2", "producers.rollout: there is a stage of that name"),
+        ("network.meet_s=0", "network.meet_s: 0.0; must be above 0"),
+        ("network.peer_s=1", "network.peer_s: 1.0; nodes speak once a second, so more than 2"),
         ("run.name=a/b", "run.name: 'a/b'; must be a directory name"),
     ],
 )
@@ -150,3 +153,9 @@ def test_producers_that_cannot_stand_beside_rollout_are_refused(overrides: tuple
     with pytest.raises(ValueError) as error:
         pipeline.build(load(QUICKSTART, overrides), 1)
     assert message in str(error.value)
+
+
+def test_how_long_nodes_wait_for_each_other_is_the_recipes_to_say(tmp_path: Path) -> None:
+    recipe = load(QUICKSTART, ["network.meet_s=30", "network.peer_s=5"])
+    settings = pipeline.controller_settings(pipeline.build(recipe, 1), tmp_path, Life(number=0))
+    assert (settings.start_s, settings.peer_s) == (30.0, 5.0)

@@ -8,6 +8,7 @@ from typing import Any
 
 from flowrl.config.checks import check_at_least, check_dotted, check_one_of, check_positive
 
+PEER_WORD_S = 2
 DEVICE = re.compile(r"cpu|[a-z]+:\d+")
 
 
@@ -69,10 +70,18 @@ class QueueSettings:
 class NetworkConfig:
     """interface: that nodes reach each other on; `lo` keeps all on one machine. trusted: says that the network is
     closed, without which a run off loopback is refused, because torch RPC has no secret. (The queue has one of its own
-    there: node 0 makes it, and the nodes exchange it.)"""
+    there: node 0 makes it, and the nodes exchange it.) meet_s: for all nodes to find each other at the start; peer_s:
+    silence after which a node counts as dead, and the life of the run ends."""
 
     interface: str = "lo"
     trusted: bool = False
+    meet_s: float = 120.0
+    peer_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        check_positive("network.meet_s", self.meet_s)
+        if self.peer_s <= PEER_WORD_S:
+            raise ValueError(f"network.peer_s: {self.peer_s}; nodes speak once a second, so more than {PEER_WORD_S}")
 
 
 @dataclass(frozen=True, kw_only=True)
