@@ -61,7 +61,7 @@ class Admission:
         held_bytes = num_groups * request.group_size * request.row_bytes
         core.ledger.promised_bytes += held_bytes
         partition.group_size = request.group_size
-        waiter.waits_for = "staleness"
+        waiter.waits_for = core.clock.snapshot().refuses_by
         waiter.asking = True
 
         def admitted(groups: int) -> None:

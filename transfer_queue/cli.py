@@ -210,7 +210,8 @@ def report_text(report: Mapping[str, Any]) -> str:
     lines = [
         f"  version {clock['version']} (incarnation {clock['incarnation']}), {clock['filled']} of "
         f"{clock['batch_rows']} rows in its update, staleness at most {clock['max_staleness']}"
-        + ("; a shard has died, and the trainer must begin anew" if clock["is_broken"] else ""),
+        + ("; a shard has died, and the trainer must begin anew" if clock["is_broken"] else "")
+        + (f"; shards yet to follow it: {clock['awaited_shards']}" if clock["awaited_shards"] else ""),
         f"  {report['stored_rows']} rows, {mebibytes(report['stored_bytes'])} stored, "
         f"{mebibytes(report['promised_bytes'])} promised of {mebibytes(report['byte_limit'])}",
     ]

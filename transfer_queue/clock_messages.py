@@ -89,7 +89,8 @@ class Unclaim(ClockRequest, frozen=True):
 
 class ClockState(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """changes: `Accounts.changes`; it orders states and tells a refusal that has been overtaken. blocked: unready rows
-    due by then keep ready ones waiting (`Accounts.blocked`), or NOT_BLOCKED. is_broken: as in `Accounts`."""
+    due by then keep ready ones waiting (`Accounts.blocked`), or NOT_BLOCKED. is_broken, awaited_shards: as in
+    `Accounts`."""
 
     version: int
     filled: int
@@ -97,6 +98,14 @@ class ClockState(msgspec.Struct, frozen=True, array_like=True, tag=True):
     changes: int = 0
     blocked: int = NOT_BLOCKED
     is_broken: bool = False
+    awaited_shards: int = 0
+
+    @property
+    def refuses_by(self) -> str:
+        """What a claim or a reservation that is refused now waits for."""
+        if self.awaited_shards:
+            return f"shards to follow incarnation {self.incarnation}: {self.awaited_shards} yet to do so"
+        return "staleness"
 
 
 class ClockReply(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -175,7 +184,7 @@ def clock_state(accounts: Accounts) -> ClockState:
     blocked = accounts.blocked
     return ClockState(
         accounts.version, accounts.filled, accounts.incarnation, accounts.changes,
-        NOT_BLOCKED if blocked is None else blocked, accounts.is_broken,
+        NOT_BLOCKED if blocked is None else blocked, accounts.is_broken, accounts.awaited_shards,
     )  # fmt: skip
 
 

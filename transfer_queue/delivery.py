@@ -64,7 +64,7 @@ class Delivery:
         groups = core.updates.nominate(lane, self._basket(request), by_deadline)
         if not groups:
             return
-        waiter.waits_for = "staleness"
+        waiter.waits_for = core.clock.snapshot().refuses_by
         waiter.asking = True
 
         def claimed(granted: int) -> None:

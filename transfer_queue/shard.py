@@ -153,6 +153,7 @@ class Shard:
                 "filled": state.filled,
                 "incarnation": state.incarnation,
                 "is_broken": state.is_broken,
+                "awaited_shards": state.awaited_shards,
                 "batch_rows": core.clock.batch_rows,
                 "max_staleness": core.clock.max_staleness,
                 "surplus_rows": core.clock.surplus_rows,

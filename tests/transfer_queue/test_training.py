@@ -7,6 +7,7 @@ from typing import Any
 
 from tests.transfer_queue.conftest import fill
 from transfer_queue import wire
+from transfer_queue.cli import report_text
 from transfer_queue.staleness import Accounts
 
 Make = Callable[..., Any]
@@ -86,6 +87,22 @@ def test_late_row_is_dropped_tried_again_and_given_up(direct_shard: Make) -> Non
 
 
 # A new trainer
+
+
+def test_who_waits_for_shards_that_have_not_followed_says_so(direct_shard: Make) -> None:
+    accounts = Accounts(2, 1, incarnation=1, awaited_shards=2)
+    shard = direct_shard(accounts=accounts)
+    shard.announce("p", 0)
+    shard.reserve(wait_s=9.0)
+    described = shard.shard.describe()
+    assert described["waiters"] == [
+        {"verb": "reserve", "who": "p", "for": "shards to follow incarnation 1: 1 yet to do so"}
+    ]
+    assert described["clock"]["awaited_shards"] == 1
+    assert "; shards yet to follow it: 1" in report_text(described)
+    accounts.unclaim(1, [])
+    shard.pass_time(0.0)
+    assert shard.shard.describe()["waiters"] == []
 
 
 def test_new_incarnation_gets_back_what_the_last_one_did_not_finish(direct_shard: Make) -> None:
