@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import textwrap
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def test_the_pages_stage_of_batches_runs_as_written(tmp_path: Path) -> None:
         assert line["critic/advantages/min"] < 0 < line["critic/advantages/max"]
 
 
-def test_a_stage_of_batches_gets_the_whole_update_on_two_ranks_and_calls_come_once(tmp_path: Path) -> None:
+def test_a_stage_of_batches_gets_whole_updates_once_on_two_ranks_and_is_not_needed_for_a_replay(tmp_path: Path) -> None:
     (tmp_path / "my_count.py").write_text(
         "from transfer_queue.rows import Column\n\n\n"
         "class Count:\n"
@@ -80,3 +81,6 @@ def test_a_stage_of_batches_gets_the_whole_update_on_two_ranks_and_calls_come_on
     updates = page_run(tmp_path, "scaled.yaml", *overrides)
     assert [line["critic/advantages/min"] for line in updates] == [116, 216, 316]
     assert [line["critic/advantages/max"] for line in updates] == [116, 216, 316]
+    run, again = tmp_path / "runs" / "brief", tmp_path / "again"
+    code, output = run_to_end([sys.executable, "-m", "flowrl", "replay", str(run), "--out", str(again)], cwd=tmp_path)
+    assert code == 0 and "3 updates replayed on 2 ranks" in output, output
