@@ -30,13 +30,15 @@ pytestmark = pytest.mark.timeout(800)
 GROUP, BATCH = 4, 32
 
 
-def command(directory: Path, name: str, *overrides: str, nodes: int = 1, restarts: int = 0) -> list[str]:
+def command(
+    directory: Path, name: str, *overrides: str, nodes: int = 1, restarts: int = 0, recipe: str = "quickstart"
+) -> list[str]:
     launcher = ["-m", "flowrl"]
     if nodes > 1:
         elastic = [f"--nproc-per-node={nodes}", f"--max-restarts={restarts}", "--standalone"]
         launcher = ["-m", "torch.distributed.run", *elastic, "-m", "flowrl"]
     return [
-        sys.executable, *launcher, "run", str(ROOT / "recipes/quickstart.yaml"), *TINY, f"run.name={name}",
+        sys.executable, *launcher, "run", str(ROOT / f"recipes/{recipe}.yaml"), *TINY, f"run.name={name}",
         f"run.dir={directory}/runs", f"model.path={directory}/model", f"run.session_dir={sessions(directory)}",
         *overrides,
     ]  # fmt: skip
