@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import signal
 import sys
 import textwrap
@@ -19,8 +20,9 @@ import pytest
 
 from flowrl.report.staleness_check import check_run
 from tests.integration.hosts import Host, hosts
-from tests.integration.runs import ROOT, alive, finish, sessions, trained_updates, wait_until
+from tests.integration.runs import ROOT, alive, finish, run_to_end, sessions, trained_updates, wait_until
 from tests.integration.slurm import batch_job
+from tests.integration.test_determinism import assert_same_bits
 
 pytestmark = pytest.mark.timeout(400)
 PORT = 29517
@@ -74,14 +76,14 @@ def launcher(machines: list[Host], meeting: list[str], *overrides: str) -> list[
 
 @contextlib.contextmanager
 def running(
-    folder: Path, machines: list[Host], steps: int, launch: Callable[..., list[str]] = torchrun
+    folder: Path, machines: list[Host], steps: int, launch: Callable[..., list[str]] = torchrun, *overrides: str
 ) -> Iterator[list[Popen[str]]]:
     with contextlib.ExitStack() as stack:
         processes = []
         for node, host in enumerate(machines):
             home = folder / f"host{node}"
             write_task(home, sessions(folder), steps)
-            arguments = launch(node, machines)
+            arguments = launch(node, machines, *overrides)
             processes.append(stack.enter_context(host.started(arguments, home)))
         yield processes
 
@@ -114,6 +116,20 @@ def test_two_hosts_train_together_over_a_slow_link(tmp_path: Path) -> None:
     assert trained.total() == 4 * 32, "every row once, over both hosts"
     assert min(trained.values()) > 0
     assert json.loads((record(tmp_path, 0) / "summary.json").read_text())["max_staleness"] <= 2
+
+
+@pytest.mark.slow
+def test_a_run_of_hosts_that_share_no_disk_is_replayed_from_the_records_of_all(tmp_path: Path) -> None:
+    """With a critic, so that there is a state before the first update, of which each host has the part of its rank."""
+    overrides = ("algorithm.name=ppo", "train.minibatches=2", "critic.learning_rate=1e-3")
+    with hosts(2) as machines, running(tmp_path, machines, 4, torchrun, *overrides) as processes:
+        for code, output in ends(processes):
+            assert code == 0, output
+    shutil.copytree(record(tmp_path, 1) / "record", record(tmp_path, 0) / "record", dirs_exist_ok=True)
+    replay = [sys.executable, "-m", "flowrl", "replay", "runs/sums"]
+    code, output = run_to_end(replay, cwd=tmp_path / "host0")
+    assert code == 0 and "4 updates replayed on 2 ranks" in output, output
+    assert_same_bits(record(tmp_path, 0) / "model", record(tmp_path, 0) / "replay" / "model")
 
 
 @pytest.mark.slow
