@@ -187,6 +187,10 @@ def _begin(
         (staging / STATE_FILE).write_text(json.dumps(state))
         beside(staging)
     dist.barrier()
+    # On a disk that rank 0 does not see nobody renames them.
+    for left in path.parent.glob(".new-*"):
+        if left != staging:
+            shutil.rmtree(left, ignore_errors=True)
     return staging
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -13,16 +14,19 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from subprocess import Popen
 
 import pytest
 
+from flowrl.record.lives import newest_checkpoint
 from flowrl.report.staleness_check import check_run
 from tests.integration.hosts import Host, hosts
-from tests.integration.runs import ROOT, alive, finish, run_to_end, sessions, trained_updates, wait_until
+from tests.integration.runs import ROOT, alive, events, finish, run_to_end, sessions, trained_updates, wait_until
 from tests.integration.slurm import batch_job
 from tests.integration.test_determinism import assert_same_bits
+from tests.integration.test_resume import assert_no_row_twice_and_none_lost, controllers_of
 
 pytestmark = pytest.mark.timeout(400)
 PORT = 29517
@@ -52,21 +56,21 @@ def write_task(folder: Path, sockets: Path, steps: int, pools: str = "") -> None
     )
 
 
-def torchrun(node: int, machines: list[Host], *overrides: str) -> list[str]:
+def torchrun(node: int, machines: list[Host], *overrides: str, restarts: int = 0) -> list[str]:
     """Disks are not shared: each host has its own copy of the task, at the same path as seen from where the command
     starts, and keeps its own part of the record."""
     leader = machines[0].address
     meeting = [f"--node-rank={node}", f"--master-addr={leader}", f"--master-port={PORT}"]
-    return launcher(machines, meeting, *overrides)
+    return launcher(machines, [*meeting, f"--max-restarts={restarts}"], *overrides)
 
 
-def torchrun_c10d(node: int, machines: list[Host], *overrides: str) -> list[str]:
+def torchrun_c10d(node: int, machines: list[Host], *overrides: str, restarts: int = 0) -> list[str]:
     """The nodes' numbers are then torchrun's to choose."""
     meeting = [
         "--rdzv-backend=c10d", f"--rdzv-endpoint={machines[0].address}:{PORT}", "--rdzv-id=sums",
         f"--rdzv-conf=is_host={int(node == 0)}", f"--local-addr={machines[node].address}",
     ]  # fmt: skip
-    return launcher(machines, meeting, *overrides)
+    return launcher(machines, [*meeting, f"--max-restarts={restarts}"], *overrides)
 
 
 def launcher(machines: list[Host], meeting: list[str], *overrides: str) -> list[str]:
@@ -177,3 +181,23 @@ def test_a_cut_link_or_a_lost_host_ends_the_run_by_name_and_leaves_nothing(
             assert re.search(r"node 0 \(.*is lost|ConnectionError\('node 0, ", other), other
         else:
             assert processes[1].wait(END_S) == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launch", "victim"), [(torchrun, 0), (torchrun_c10d, 1)])
+def test_a_controller_that_is_killed_is_started_again_with_all_others(
+    tmp_path: Path, launch: Callable[..., list[str]], victim: int
+) -> None:
+    """Once, and all torchruns have a start left afterwards: c10d counts none for the host that lost nobody."""
+    run = tmp_path / "shared" / "sums"
+    overrides = (f"run.dir={run.parent}", "run.checkpoint_every=2")
+    launch = partial(launch, restarts=1)
+    with hosts(2) as machines, running(tmp_path, machines, 40, launch, *overrides) as processes:
+        wait_until(lambda: newest_checkpoint(run)[0] >= 4, START_S, "a checkpoint")
+        (controller,) = controllers_of(processes[victim].pid)  # `ip netns exec` becomes torchrun
+        os.kill(controller, signal.SIGKILL)
+        for code, output in ends(processes):
+            assert code == 0, output
+    assert_no_row_twice_and_none_lost(run, 40, bound=2, shards=2)
+    assert [json.loads(line)["number"] for line in (run / "lives.jsonl").read_text().splitlines()] == [0, 1]
+    assert {event["node"] for event in events(run) if event["kind"] == "trained"} == {0, 1}
