@@ -201,3 +201,20 @@ def test_a_controller_that_is_killed_is_started_again_with_all_others(
     assert_no_row_twice_and_none_lost(run, 40, bound=2, shards=2)
     assert [json.loads(line)["number"] for line in (run / "lives.jsonl").read_text().splitlines()] == [0, 1]
     assert {event["node"] for event in events(run) if event["kind"] == "trained"} == {0, 1}
+
+
+@pytest.mark.slow
+def test_a_host_that_is_gone_may_be_started_anew_by_hand_while_the_other_waits_for_it(tmp_path: Path) -> None:
+    run = tmp_path / "shared" / "sums"
+    overrides = (f"run.dir={run.parent}", "run.checkpoint_every=2")
+    launch = partial(torchrun, restarts=1)
+    with hosts(2) as machines, running(tmp_path, machines, 40, launch, *overrides) as processes:
+        wait_until(lambda: newest_checkpoint(run)[0] >= 4, START_S, "a checkpoint")
+        machines[1].lose_power()
+        processes[1].wait(END_S)
+        machines[1].mend()
+        with machines[1].started(torchrun(1, machines, *overrides, "--resume"), tmp_path / "host1") as returned:
+            for code, output in ends([processes[0], returned]):
+                assert code == 0, output
+    assert_no_row_twice_and_none_lost(run, 40, bound=2, shards=2)
+    assert {event["node"] for event in events(run) if event["kind"] == "trained"} == {0, 1}
