@@ -16,7 +16,9 @@ from concurrent.futures import Future
 from datetime import timedelta
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
+from urllib.parse import urlparse
 
+from controllers.meeting import name_of_start
 from controllers.topology import Topology
 
 Handler = Callable[[int, bytes], bytes]
@@ -113,7 +115,6 @@ class TorchPeers:
         self._timeout_s = timeout_s
         self._interface = interface
         self._on_lost = on_lost
-        self._restart = topology.restart
         self._is_started = False
         self._handlers: dict[str, Handler] = {_PING: lambda _node, _payload: b""}
         self._outboxes: dict[int, SimpleQueue[tuple[str, bytes] | None]] = {
@@ -136,7 +137,7 @@ class TorchPeers:
         _serving = self._handlers
         self._rpc: Any = rpc
         options = rpc.TensorPipeRpcBackendOptions(
-            num_worker_threads=_THREADS, rpc_timeout=self._start_s, init_method=_meeting(self._restart)
+            num_worker_threads=_THREADS, rpc_timeout=self._start_s, init_method=_meeting(self._start_s)
         )
         with warnings.catch_warnings():
             # torch's own use of a function it has deprecated.
@@ -146,7 +147,7 @@ class TorchPeers:
             )  # of the gloo group; 30 minutes
             try:
                 rpc.init_rpc(_name(self.node), rank=self.node, world_size=self.num_nodes, rpc_backend_options=options)
-            except RuntimeError as error:
+            except (RuntimeError, TimeoutError) as error:
                 text = f"node {self.node}: the {self.num_nodes} nodes have not met in {self._start_s:.0f} s: {error}"
                 raise TimeoutError(text) from error
         self._is_started = True
@@ -221,11 +222,10 @@ def _serve(handler_name: str, source: int, payload: bytes) -> bytes:
     return _serving[handler_name](source, payload)
 
 
-def _meeting(restart: int) -> str:
-    """Where RPC's processes meet, as an init_method: in torchrun's own store, which may outlive a restart, under keys
-    of this start alone. What the processes of an earlier one have left there are addresses of the dead."""
+def _meeting(start_s: float) -> str:
+    """Where RPC's processes meet, as an init_method: in torchrun's own store, under keys of this start alone."""
     _register_meeting()
-    return f"{_SCHEME}://restart-{restart}"
+    return f"{_SCHEME}://{start_s}"
 
 
 @functools.cache
@@ -235,7 +235,8 @@ def _register_meeting() -> None:
     def meet(url: str, **kwargs: Any) -> Iterator[tuple[Any, int, int]]:
         """url: with rank and world size behind a question mark; env:// finds torchrun's store, and the same two."""
         for store, rank, world_size in rendezvous("env://", **kwargs):
-            yield PrefixStore(url.partition("?")[0], store), rank, world_size
+            name = name_of_start(store, rank, world_size, timeout_s=float(urlparse(url).netloc))
+            yield PrefixStore(name, store), rank, world_size
 
     register_rendezvous_handler(_SCHEME, meet)
 

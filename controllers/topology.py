@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 _VARIABLES = (
     "RANK",
@@ -30,7 +32,8 @@ _ELASTIC_PREFIX = "TORCHELASTIC_"
 @dataclass(frozen=True, kw_only=True)
 class Topology:
     """node: this controller's number among `num_nodes`. local_node: its number among the `nodes_on_host` controllers of
-    this machine (virtual nodes). run_id: fit for a file name. restart: how often torchrun began anew."""
+    this machine (virtual nodes). run_id: fit for a file name. restart: how often this node's controller
+    failed and torchrun began anew. launcher: the torchrun process, by a name that no other has; empty without one."""
 
     node: int = 0
     num_nodes: int = 1
@@ -40,6 +43,7 @@ class Topology:
     master_port: int = 0
     run_id: str = "alone"
     restart: int = 0
+    launcher: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.node < self.num_nodes:
@@ -70,6 +74,7 @@ class Topology:
             # torchrun says "none" unless told a name; two such runs on one machine differ by their port.
             run_id=run_id if run_id != "none" else f"port{port}",
             restart=int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            launcher=_parent(),
         )
 
 
@@ -80,6 +85,12 @@ def without_torchrun(environ: Mapping[str, str]) -> dict[str, str]:
         for name, value in environ.items()
         if name not in _VARIABLES and not name.startswith(_ELASTIC_PREFIX)
     }
+
+
+def _parent() -> str:
+    """Of this process: where it runs, its id, and when it began, in ticks since the machine did."""
+    fields = Path(f"/proc/{os.getppid()}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+    return f"{socket.gethostname()} {os.getppid()} {fields[19]}"
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:

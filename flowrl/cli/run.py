@@ -59,8 +59,7 @@ def train(built: Pipeline, topology: Topology, is_resumed: bool) -> int:
     from flowrl.record import lives
 
     directory = Path(built.recipe.run.dir) / built.recipe.run.name
-    # torchrun has started all controllers again: what they had begun goes on.
-    goes_on = is_resumed or (topology.restart > 0 and (directory / "recipe.yaml").is_file())
+    goes_on = is_resumed or lives.is_started_again(directory, topology)
     fruitless = 0
     while True:
         life, code, summary = live(built, topology, goes_on)
@@ -82,11 +81,13 @@ def live(built: Pipeline, topology: Topology, goes_on: bool) -> tuple[Life, int,
     """One life; returns it, its exit code and its summary."""
     from controllers.node import NodeController
     from flowrl.pipeline import controller_settings, worker_settings
+    from flowrl.record import lives
     from flowrl.record.display import Display
     from flowrl.record.recorder import Recorder
 
     recipe = built.recipe
     directory, recipe_path, life = open_directory(recipe, topology.node, goes_on)
+    lives.note_launcher(directory, topology)
     ensure_model(Path(recipe.model.path), recipe_path)
     with Display(recipe.run.name, recipe.train.steps, is_shown=topology.node == 0) as display:
         recorder = Recorder(recipe, directory, topology.node, display)

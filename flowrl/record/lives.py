@@ -2,6 +2,7 @@
 
     lives.jsonl               a line for each life: its number, the checkpoint and step it began with, the time
     recipe.life0.yaml         the recipe of a life that is over; recipe.yaml is that of the last
+    launchers                 a line for each torchrun that has started controllers of the run
 
 What a life leaves in metrics.jsonl beyond the checkpoint that the next begins with is taken out of it: the file tells
 of the updates that count. events.jsonl keeps everything, with a line `resumed` where a life begins.
@@ -19,11 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from controllers.topology import Topology
 from flowrl.config import Recipe, load, to_yaml
 from flowrl.record.run_directory import recipe_name
 
 CHECKPOINTS_DIR = "checkpoints"
 _LIVES_FILE = "lives.jsonl"
+_LAUNCHERS_FILE = "launchers"
 _CHECKPOINT_NAME = re.compile(r"step_(\d+)")
 
 MAY_CHANGE = ("run", "pools", "network", "queue", "weights", "eval", "stages", "producers")
@@ -48,6 +51,25 @@ def newest_checkpoint(directory: Path) -> tuple[int, str]:
     return (step, f"{CHECKPOINTS_DIR}/step_{step}") if step else (0, "")
 
 
+def is_started_again(directory: Path, topology: Topology) -> bool:
+    """By torchrun: what its controllers had begun goes on. torchrun counts only how often this node's own controller
+    has failed; under c10d it starts those of other nodes again without counting."""
+    if not any((directory / recipe_name(node)).is_file() for node in (0, topology.node)):
+        return False
+    return topology.restart > 0 or topology.launcher in _launchers(directory)
+
+
+def note_launcher(directory: Path, topology: Topology) -> None:
+    if topology.launcher and topology.launcher not in _launchers(directory):
+        with (directory / _LAUNCHERS_FILE).open("a", encoding="utf-8") as file:
+            file.write(topology.launcher + "\n")
+
+
+def _launchers(directory: Path) -> list[str]:
+    path = directory / _LAUNCHERS_FILE
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
 def next_life(recipe: Recipe, directory: Path, node: int) -> Life:
     """Prepares the directory of an earlier life for another, on every node, before anything starts.
 
@@ -55,6 +77,11 @@ def next_life(recipe: Recipe, directory: Path, node: int) -> Life:
     """
     saved = directory / recipe_name(node)
     if not (directory / recipe_name(0)).is_file():
+        if saved.is_file():
+            raise ValueError(
+                f"run.dir: {recipe.run.dir!r}; {directory} has no {recipe_name(0)}, so node 0 has it on another disk; "
+                "a run goes on only from checkpoints that all nodes see"
+            )
         raise ValueError(f"run.name: {recipe.run.name!r}; {directory} holds no run to resume")
     refuse_other_run(load(directory / recipe_name(0)), recipe)
     step, checkpoint = newest_checkpoint(directory)

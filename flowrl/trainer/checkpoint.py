@@ -52,6 +52,8 @@ def save(
     if world.rank == 0:
         _commit(staging, path, keep)
     dist.barrier()
+    if world.rank > 0:
+        _keep_part(staging, path, world.rank)
     return path
 
 
@@ -185,6 +187,10 @@ def _begin(
         (staging / STATE_FILE).write_text(json.dumps(state))
         beside(staging)
     dist.barrier()
+    # On a disk that rank 0 does not see nobody renames them.
+    for left in path.parent.glob(".new-*"):
+        if left != staging:
+            shutil.rmtree(left, ignore_errors=True)
     return staging
 
 
@@ -193,6 +199,18 @@ def _commit(staging: Path, path: Path, keep: int) -> None:
     staging.rename(path)
     for step in saved_steps(path.parent)[:-keep]:
         shutil.rmtree(path.with_name(f"step_{step}"))
+
+
+def _keep_part(staging: Path, path: Path, rank: int) -> None:
+    """After rank 0's commit. A directory that it has not renamed is on another disk, and holds the parts of ranks here
+    alone: put together with those of the other disks they are the checkpoint."""
+    if not staging.exists():
+        return
+    path.mkdir(exist_ok=True)
+    for part in staging.glob(f"__{rank}_*"):
+        part.replace(path / part.name)
+    with suppress(OSError):  # until the last rank of this disk has been here
+        staging.rmdir()
 
 
 def _tensors(trainer: PolicyTrainer) -> dict[str, dict[str, torch.Tensor]]:

@@ -22,6 +22,7 @@ from tests.integration.runs import ROOT
 
 SUBNET = "10.77.0"
 INTERFACE = "eth0"
+SWITCH = "bridge"
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class Host:
         """Packets are lost from now on; both ends believe that they are connected."""
         _ip("-n", self.switch, "link", "set", self.port, "nomaster")
 
+    def mend(self) -> None:
+        """After `cut`: what is sent from now on arrives."""
+        _ip("-n", self.switch, "link", "set", self.port, "master", SWITCH)
+
     def slow_down(self, delay_ms: int, megabits: int) -> None:
         """What the host sends and what it gets. A kernel without netem limits the rate alone; packets then wait for
         each other, for up to ten times the delay."""
@@ -84,10 +89,10 @@ def hosts(num_hosts: int) -> Iterator[list[Host]]:
     try:
         try:
             _ip("netns", "add", switch)
-            _ip("-n", switch, "link", "add", "bridge", "type", "bridge")
+            _ip("-n", switch, "link", "add", SWITCH, "type", "bridge")
         except subprocess.CalledProcessError as error:
             pytest.skip(f"network namespaces are not allowed here: {error.stderr.strip()}")
-        _ip("-n", switch, "link", "set", "bridge", "up")
+        _ip("-n", switch, "link", "set", SWITCH, "up")
         found = []
         for number in range(num_hosts):
             host = Host(f"frl{mark}h{number}", f"{SUBNET}.{number + 1}", switch, f"port{number}")
@@ -104,7 +109,7 @@ def _plug_in(host: Host) -> None:
     _ip("netns", "add", host.namespace)
     cable = ["link", "add", host.port, "type", "veth", "peer", "name", INTERFACE, "netns", host.namespace]
     _ip("-n", host.switch, *cable)
-    _ip("-n", host.switch, "link", "set", host.port, "master", "bridge", "up")
+    _ip("-n", host.switch, "link", "set", host.port, "master", SWITCH, "up")
     _ip("-n", host.namespace, "address", "add", f"{host.address}/24", "dev", INTERFACE)
     for device in ("lo", INTERFACE):
         _ip("-n", host.namespace, "link", "set", device, "up")

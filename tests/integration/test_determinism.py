@@ -27,13 +27,13 @@ TINY = (
 STRICT = ("run.determinism=strict", "staleness.max=0")
 
 
-def tiny_run(directory: Path, name: str, *overrides: str, nodes: int = 1) -> Path:
+def tiny_run(directory: Path, name: str, *overrides: str, nodes: int = 1, recipe: str = "quickstart") -> Path:
     """Runs to the end; the run's directory."""
     launcher = ["-m", "flowrl"]
     if nodes > 1:
         launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={nodes}", "--standalone", "-m", "flowrl"]
     arguments = [
-        sys.executable, *launcher, "run", str(ROOT / "recipes/quickstart.yaml"), *TINY,
+        sys.executable, *launcher, "run", str(ROOT / f"recipes/{recipe}.yaml"), *TINY,
         f"run.name={name}", f"run.dir={directory}/runs", f"model.path={directory}/model",
         f"run.session_dir={sessions(directory)}", *overrides,
     ]  # fmt: skip

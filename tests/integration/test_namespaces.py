@@ -5,22 +5,28 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import shutil
 import signal
 import sys
 import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from subprocess import Popen
 
 import pytest
 
+from flowrl.record.lives import newest_checkpoint
 from flowrl.report.staleness_check import check_run
 from tests.integration.hosts import Host, hosts
-from tests.integration.runs import ROOT, alive, finish, sessions, trained_updates, wait_until
+from tests.integration.runs import ROOT, alive, events, finish, run_to_end, sessions, trained_updates, wait_until
 from tests.integration.slurm import batch_job
+from tests.integration.test_determinism import assert_same_bits
+from tests.integration.test_resume import assert_no_row_twice_and_none_lost, controllers_of
 
 pytestmark = pytest.mark.timeout(400)
 PORT = 29517
@@ -50,21 +56,21 @@ def write_task(folder: Path, sockets: Path, steps: int, pools: str = "") -> None
     )
 
 
-def torchrun(node: int, machines: list[Host], *overrides: str) -> list[str]:
+def torchrun(node: int, machines: list[Host], *overrides: str, restarts: int = 0) -> list[str]:
     """Disks are not shared: each host has its own copy of the task, at the same path as seen from where the command
     starts, and keeps its own part of the record."""
     leader = machines[0].address
     meeting = [f"--node-rank={node}", f"--master-addr={leader}", f"--master-port={PORT}"]
-    return launcher(machines, meeting, *overrides)
+    return launcher(machines, [*meeting, f"--max-restarts={restarts}"], *overrides)
 
 
-def torchrun_c10d(node: int, machines: list[Host], *overrides: str) -> list[str]:
+def torchrun_c10d(node: int, machines: list[Host], *overrides: str, restarts: int = 0) -> list[str]:
     """The nodes' numbers are then torchrun's to choose."""
     meeting = [
         "--rdzv-backend=c10d", f"--rdzv-endpoint={machines[0].address}:{PORT}", "--rdzv-id=sums",
         f"--rdzv-conf=is_host={int(node == 0)}", f"--local-addr={machines[node].address}",
     ]  # fmt: skip
-    return launcher(machines, meeting, *overrides)
+    return launcher(machines, [*meeting, f"--max-restarts={restarts}"], *overrides)
 
 
 def launcher(machines: list[Host], meeting: list[str], *overrides: str) -> list[str]:
@@ -74,14 +80,14 @@ def launcher(machines: list[Host], meeting: list[str], *overrides: str) -> list[
 
 @contextlib.contextmanager
 def running(
-    folder: Path, machines: list[Host], steps: int, launch: Callable[..., list[str]] = torchrun
+    folder: Path, machines: list[Host], steps: int, launch: Callable[..., list[str]] = torchrun, *overrides: str
 ) -> Iterator[list[Popen[str]]]:
     with contextlib.ExitStack() as stack:
         processes = []
         for node, host in enumerate(machines):
             home = folder / f"host{node}"
             write_task(home, sessions(folder), steps)
-            arguments = launch(node, machines)
+            arguments = launch(node, machines, *overrides)
             processes.append(stack.enter_context(host.started(arguments, home)))
         yield processes
 
@@ -114,6 +120,20 @@ def test_two_hosts_train_together_over_a_slow_link(tmp_path: Path) -> None:
     assert trained.total() == 4 * 32, "every row once, over both hosts"
     assert min(trained.values()) > 0
     assert json.loads((record(tmp_path, 0) / "summary.json").read_text())["max_staleness"] <= 2
+
+
+@pytest.mark.slow
+def test_a_run_of_hosts_that_share_no_disk_is_replayed_from_the_records_of_all(tmp_path: Path) -> None:
+    """With a critic, so that there is a state before the first update, of which each host has the part of its rank."""
+    overrides = ("algorithm.name=ppo", "train.minibatches=2", "critic.learning_rate=1e-3")
+    with hosts(2) as machines, running(tmp_path, machines, 4, torchrun, *overrides) as processes:
+        for code, output in ends(processes):
+            assert code == 0, output
+    shutil.copytree(record(tmp_path, 1) / "record", record(tmp_path, 0) / "record", dirs_exist_ok=True)
+    replay = [sys.executable, "-m", "flowrl", "replay", "runs/sums"]
+    code, output = run_to_end(replay, cwd=tmp_path / "host0")
+    assert code == 0 and "4 updates replayed on 2 ranks" in output, output
+    assert_same_bits(record(tmp_path, 0) / "model", record(tmp_path, 0) / "replay" / "model")
 
 
 @pytest.mark.slow
@@ -161,3 +181,40 @@ def test_a_cut_link_or_a_lost_host_ends_the_run_by_name_and_leaves_nothing(
             assert re.search(r"node 0 \(.*is lost|ConnectionError\('node 0, ", other), other
         else:
             assert processes[1].wait(END_S) == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launch", "victim"), [(torchrun, 0), (torchrun_c10d, 1)])
+def test_a_controller_that_is_killed_is_started_again_with_all_others(
+    tmp_path: Path, launch: Callable[..., list[str]], victim: int
+) -> None:
+    """Once, and all torchruns have a start left afterwards: c10d counts none for the host that lost nobody."""
+    run = tmp_path / "shared" / "sums"
+    overrides = (f"run.dir={run.parent}", "run.checkpoint_every=2")
+    launch = partial(launch, restarts=1)
+    with hosts(2) as machines, running(tmp_path, machines, 40, launch, *overrides) as processes:
+        wait_until(lambda: newest_checkpoint(run)[0] >= 4, START_S, "a checkpoint")
+        (controller,) = controllers_of(processes[victim].pid)  # `ip netns exec` becomes torchrun
+        os.kill(controller, signal.SIGKILL)
+        for code, output in ends(processes):
+            assert code == 0, output
+    assert_no_row_twice_and_none_lost(run, 40, bound=2, shards=2)
+    assert [json.loads(line)["number"] for line in (run / "lives.jsonl").read_text().splitlines()] == [0, 1]
+    assert {event["node"] for event in events(run) if event["kind"] == "trained"} == {0, 1}
+
+
+@pytest.mark.slow
+def test_a_host_that_is_gone_may_be_started_anew_by_hand_while_the_other_waits_for_it(tmp_path: Path) -> None:
+    run = tmp_path / "shared" / "sums"
+    overrides = (f"run.dir={run.parent}", "run.checkpoint_every=2")
+    launch = partial(torchrun, restarts=1)
+    with hosts(2) as machines, running(tmp_path, machines, 40, launch, *overrides) as processes:
+        wait_until(lambda: newest_checkpoint(run)[0] >= 4, START_S, "a checkpoint")
+        machines[1].lose_power()
+        processes[1].wait(END_S)
+        machines[1].mend()
+        with machines[1].started(torchrun(1, machines, *overrides, "--resume"), tmp_path / "host1") as returned:
+            for code, output in ends([processes[0], returned]):
+                assert code == 0, output
+    assert_no_row_twice_and_none_lost(run, 40, bound=2, shards=2)
+    assert {event["node"] for event in events(run) if event["kind"] == "trained"} == {0, 1}

@@ -30,13 +30,15 @@ pytestmark = pytest.mark.timeout(800)
 GROUP, BATCH = 4, 32
 
 
-def command(directory: Path, name: str, *overrides: str, nodes: int = 1, restarts: int = 0) -> list[str]:
+def command(
+    directory: Path, name: str, *overrides: str, nodes: int = 1, restarts: int = 0, recipe: str = "quickstart"
+) -> list[str]:
     launcher = ["-m", "flowrl"]
     if nodes > 1:
         elastic = [f"--nproc-per-node={nodes}", f"--max-restarts={restarts}", "--standalone"]
         launcher = ["-m", "torch.distributed.run", *elastic, "-m", "flowrl"]
     return [
-        sys.executable, *launcher, "run", str(ROOT / "recipes/quickstart.yaml"), *TINY, f"run.name={name}",
+        sys.executable, *launcher, "run", str(ROOT / f"recipes/{recipe}.yaml"), *TINY, f"run.name={name}",
         f"run.dir={directory}/runs", f"model.path={directory}/model", f"run.session_dir={sessions(directory)}",
         *overrides,
     ]  # fmt: skip
@@ -139,6 +141,38 @@ def test_a_killed_node_makes_torchrun_start_all_again_and_one_node_can_go_on_alo
     assert_no_row_twice_and_none_lost(run, 6, bound=2, shards=2)
     run_to_its_end([*command(tmp_path, "two", "run.checkpoint_every=2", "train.steps=8"), "--resume"])
     assert_no_row_twice_and_none_lost(run, 8, bound=2, shards=2)
+
+
+@pytest.mark.slow
+def test_a_run_of_one_node_goes_on_on_two(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "grown"
+    overrides = ("run.checkpoint_every=3", "train.steps=14")
+    kill_all_after(5, command(tmp_path, "grown", *overrides), run)
+    run_to_its_end([*command(tmp_path, "grown", *overrides, nodes=2), "--resume"])
+    assert_no_row_twice_and_none_lost(run, 14, bound=2, shards=2)
+    _, resumed_at = (json.loads(line)["step"] for line in (run / "lives.jsonl").read_text().splitlines())
+    begun = groups_begun_before(run, resumed_at)
+    assert len(begun) > resumed_at * BATCH // GROUP > 0, "groups were under way"
+    assert begun <= {group for group, _ in rows_that_count(run)}
+    second_life = events_of_the_last_life(run)
+    for kind in ("reserved", "sampled", "trained"):
+        assert {event["node"] for event in second_life if event["kind"] == kind} == {0, 1}, kind
+    assert json.loads((run / "summary.json").read_text())["steps"] == 14
+
+
+def groups_begun_before(run: Path, step: int) -> set[int]:
+    """By the version that a reservation names: with those made just after it, where an engine had no newer weights."""
+    return {
+        event["key"][1]
+        for event in events_so_far(run / "events.jsonl")
+        if event["kind"] == "reserved" and event["version"] < step
+    }
+
+
+def events_of_the_last_life(run: Path) -> list[dict[str, Any]]:
+    log = events_so_far(run / "events.jsonl")
+    begins = max(place for place, event in enumerate(log) if event["kind"] == "resumed")
+    return log[begins:]
 
 
 def controllers_of(torchrun: int) -> list[int]:

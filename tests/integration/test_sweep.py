@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.integration.runs import ROOT, finish, run_to_end, sessions, started, wait_until
 
@@ -149,6 +150,46 @@ def test_halving_ends_a_run_that_does_worse_and_keeps_its_figures(workplace: Pat
     assert pruned["state"] == "pruned" and pruned["reason"].startswith("given up at update")
     assert 3 <= int(pruned["reason"].split()[-1]) < 300
     assert not list(sessions(workplace).glob("*"))
+
+
+@pytest.mark.slow
+def test_a_random_search_does_what_it_drew_and_more_trials_add_to_it(workplace: Path) -> None:
+    pytest.importorskip("optuna", reason="optuna is an extra: flowrl[sweep]")
+    axes = ("train.learning_rate=1e-4..1e-2:log", "staleness.max=0..3", "train.steps=2", "--out", "drawn")
+    search = ("--search", "random", "--seed", "3", "--trials")
+    first, second, third = drawn_points(run_to_end(sweep(*axes, *search, "3", "--dry-run"), cwd=workplace))
+    code, output = run_to_end(sweep(*axes, *search, "2"), 200, cwd=workplace)
+    assert code == 0, output
+    assert what_ran(workplace / "drawn") == [first, second]
+    code, output = run_to_end(sweep(*axes, *search, "3"), 200, cwd=workplace)
+    assert code == 0, output
+    assert what_ran(workplace / "drawn") == [first, second, third]
+    assert output.count("finished earlier") == 2 and not (workplace / "drawn" / "abandoned").exists(), output
+    code, output = run_to_end([sys.executable, "-m", "flowrl", "report", str(workplace / "drawn")])
+    assert code == 0, output
+    rows = list(csv.DictReader((workplace / "drawn" / "points.csv").read_text().splitlines()))
+    assert [row["state"] for row in rows] == ["finished"] * 3
+
+
+def drawn_points(dry_run: tuple[int, str]) -> list[tuple[float, int]]:
+    """(learning rate, staleness) of each, as a dry run lists them."""
+    code, output = dry_run
+    assert code == 0, output
+    found = [dict(setting.split("=", 1) for setting in line.split()) for line in output.splitlines()]
+    return [(float(point["train.learning_rate"]), int(point["staleness.max"])) for point in found]
+
+
+def what_ran(out: Path) -> list[tuple[float, int]]:
+    """(learning rate, staleness) of each run that trained both its updates, in the order in which they began."""
+    runs = [
+        path for path in (out / "points").iterdir() if json.loads((path / "summary.json").read_text())["steps"] == 2
+    ]
+    recipes = [yaml.safe_load((run / "recipe.yaml").read_text()) for run in sorted(runs, key=began)]
+    return [(float(recipe["train"]["learning_rate"]), recipe["staleness"]["max"]) for recipe in recipes]
+
+
+def began(run: Path) -> float:
+    return float(json.loads((run / "lives.jsonl").read_text())["t"])
 
 
 @pytest.mark.slow
