@@ -69,10 +69,14 @@ class WeightStore:
                 left.unlink()
 
     def discard_newer_than(self, version: int) -> None:
-        """For a writer that has gone back to a checkpoint and will publish those versions anew."""
+        """For a writer that has gone back to a checkpoint and will publish, and pin, those versions anew."""
         for newer in self.versions():
             if newer > version:
                 self.remove(self.path(newer))
+        for pins in self.root.glob("pins/*"):
+            for pinned in self.pinned(pins.name):
+                if pinned.version > version:
+                    self.unpin(pinned.version, pins.name)
 
     def pin(self, version: int, name: str) -> Path:
         """Keeps a version beyond its turn, by hard links, at the path returned. Pinning it twice is pinning it once.
