@@ -41,7 +41,8 @@ class WeightStore:
     def beside(self, texts: Mapping[str, str]) -> list[Path]:
         """Files with these names and contents, from which versions link what they need beside their weights."""
         directory = self.root.with_name(f"{self.root.name}-files")
-        directory.mkdir(parents=True, exist_ok=True)
+        if texts:
+            directory.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             (directory / name).write_text(text)
         return [directory / name for name in texts]

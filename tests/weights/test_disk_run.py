@@ -25,6 +25,7 @@ def on_disk(directory: Path) -> tuple[str, ...]:
 
 def assert_newest_are_left_alone(root: Path, last: int) -> None:
     assert WeightStore(root, BUFFERS).versions() == [last - 1, last]
+    assert list(root.parent.iterdir()) == [root]
     assert {path.name for path in root.iterdir()} <= {f"v{last - 1:08d}", f"v{last:08d}", "pins"}
     assert not list(root.glob("pins/*/*")), "what was evaluated is let go"
 
