@@ -13,9 +13,10 @@ class WeightsConfig:
     `disk` (a directory, `dir`, that all nodes see), or `collective` (torch.distributed, from trainer ranks straight
     into embedded engines; NCCL between GPUs, else gloo). buffers: versions that are visible or being read at most.
     check_first_sync: before the first sample, compare what is published with the checkpoint and what an engine loads
-    with what is published. delta: between nodes, send only the bytes that changed. anchor_every: of so many transfers
-    one is sent whole. bucket_mb: of `collective`, what all ranks send in a round; an engine has room for two, and
-    ranks for two versions of their shards. timeout_s: of `collective`, silence after which the other end is lost."""
+    with what is published. delta: between nodes, send only the bytes that changed, where that is faster. anchor_every:
+    of so many transfers one is sent whole, and one by changes. bucket_mb: of `collective`, what all ranks send in a
+    round; an engine has room for two, and ranks for two versions of their shards. timeout_s: of `collective`, silence
+    after which the other end is lost."""
 
     transport: str = "shared_memory"
     dir: str | None = None

@@ -10,8 +10,11 @@ from flowrl.config import Recipe, to_yaml
 def create(recipe: Recipe, node: int) -> tuple[Path, Path]:
     """Makes `runs/<name>` and writes the resolved recipe into it. Returns the directory and the recipe's path.
 
-    Node 0 refuses a directory that holds a run already; other nodes that share the disk write beside it.
+    Node 0 refuses a directory that holds a run already, and a `weights.dir` that holds its versions; other nodes that
+    share the disk write beside it.
     """
+    if node == 0:
+        _refuse_versions_of_another(recipe)
     directory = Path(recipe.run.dir) / recipe.run.name
     path = directory / recipe_name(node)
     (directory / "logs").mkdir(parents=True, exist_ok=True)
@@ -24,6 +27,18 @@ def create(recipe: Recipe, node: int) -> tuple[Path, Path]:
             "(choose another run.name, move the directory away, or go on with it by --resume)"
         ) from None
     return directory.resolve(), path.resolve()
+
+
+def _refuse_versions_of_another(recipe: Recipe) -> None:
+    """Beside them a run's first versions would be the oldest, and go at once."""
+    if recipe.weights.dir is None:
+        return
+    root = Path(recipe.weights.dir) / recipe.run.name
+    if root.exists():
+        raise ValueError(
+            f"weights.dir: {str(root)!r} holds versions of another run of this name (choose another run.name, or "
+            "remove the directory)"
+        )
 
 
 def recipe_name(node: int) -> str:

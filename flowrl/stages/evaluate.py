@@ -71,15 +71,18 @@ class Evaluation:
         stopped.add_done_callback(lambda _: news.set())
         store = WeightStore(weights_root(self.recipe, self.context.session_dir), self.recipe.weights.buffers)
         self.context.ready()
-        while not self.context.stopping.is_set():
+        while True:
+            # Before the first is published, what lies on a shared disk may be an earlier life's, and is cleared away.
+            with self.context.waiting_for("a version to evaluate"):
+                await news.wait()
+            news.clear()
+            if self.context.stopping.is_set():
+                break
             for version, path in store.pinned(EVALUATION_PIN):
                 await self._evaluate(version, path)
                 store.unpin(version, EVALUATION_PIN)
             if 0 <= newest["trained"] <= newest["evaluated"]:
                 self.context.announce(FINISHED_TOPIC, {"version": newest["evaluated"]})
-            with self.context.waiting_for("a version to evaluate"):
-                await news.wait()
-            news.clear()
         await self.engine.close()
         self.episodes.close()
 

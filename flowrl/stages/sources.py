@@ -50,13 +50,14 @@ class Directories:
     def __init__(self, context: WorkerContext, recipe: Recipe) -> None:
         self._scratch = context.session_dir / f"check-{context.name}"
         self._checks = recipe.weights.check_first_sync
+        self._is_soon_started = recipe.rollout.engine == "embedded"
 
     async def start(self, engine: Engine, news: dict[str, Any]) -> None:
         path, version = Path(news["path"]), news["version"]
         with reading(path):
             await engine.start(path, version)
             if self._checks:
-                await check_first_sync(engine, path, version, self._scratch)
+                await check_first_sync(engine, path, version, self._scratch, starts_anew=self._is_soon_started)
 
     async def load(self, engine: Engine, news: dict[str, Any], mode: PauseMode) -> None:
         with reading(Path(news["path"])):

@@ -1,9 +1,10 @@
 """Proof that loading in place reaches the whole model: snapshot, corrupt, synchronise, compare.
 
-Asked of any engine by its own protocol alone: log-probs of a few tokens after it started from a version; after loading
-the same names and shapes full of zeros in place (of adapters: of some number), they must differ; after loading the
-version in place, be as before. A tensor that loading skips stays zero. (An expert that no probed
-token reaches would not be noticed.)
+Asked of any engine by its own protocol alone: log-probs of a few tokens after it started from a version; with the same
+names and shapes full of zeros (of adapters: of some number), they must differ; after loading the version in place, be
+as before. An engine that is soon started is started anew on the zeros: a tensor that loading skips stays zero then.
+Loaded in place they would not reach such a tensor either, which is right from the start; so a server, whose start takes
+long, is proved to follow, and no more. (An expert that no probed token reaches would not be noticed.)
 """
 
 from __future__ import annotations
@@ -27,13 +28,18 @@ _PROBE_TOKENS = (1, 2, 3)
 _NUM_NEW = 4
 
 
-async def check_first_sync(engine: Engine, path: Path, version: int, scratch: Path) -> None:
+async def check_first_sync(engine: Engine, path: Path, version: int, scratch: Path, *, starts_anew: bool) -> None:
     """engine: started from the directory `path` as `version`, nothing running. scratch: a directory to make, where a
-    file of holes takes no room. Raises EngineError saying what is wrong."""
+    file of holes takes no room. starts_anew: whether the engine may be started a second time. Raises EngineError saying
+    what is wrong."""
     first = await _probe(engine)
     (make_other_adapters if is_adapter(path) else make_zeroed)(path, scratch)
     try:
-        await engine.load_weights(scratch, version, PauseMode.RECOMPUTE)
+        if starts_anew:
+            await engine.close()
+            await engine.start(scratch, version)
+        else:
+            await engine.load_weights(scratch, version, PauseMode.RECOMPUTE)
     finally:
         shutil.rmtree(scratch)
     zeroed = await _probe(engine)

@@ -17,6 +17,14 @@ _PLANES = 4
 _LEVEL = 1
 
 
+def goes_whole(turn: int, anchor_every: int, whole_s: float, changes_s: float) -> bool:
+    """Whether a node asks for whole slices in its transfer number `turn`, from 0. The other two: what the last transfer
+    of each kind took. Of `anchor_every` transfers the first is whole, and the second of changes; the others go as was
+    faster. So both are known, and neither for long."""
+    place = turn % anchor_every
+    return place == 0 or (place > 1 and whole_s < changes_s)
+
+
 class Encoding(enum.IntEnum):
     """WHOLE: the bytes. SAME: nothing changed, nothing is sent. CHANGES: see `encode`."""
 

@@ -7,6 +7,7 @@ everything. A newer version is begun when the one before has arrived; those in b
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import zmq
 
 from controllers.mailbox import Mailbox
 from flowrl.weights.buffers import Buffer
-from flowrl.weights.delta import Encoding, digest
+from flowrl.weights.delta import Encoding, digest, goes_whole
 from flowrl.weights.delta import encode as encode_slice
 from flowrl.weights.held import HeldVersions, gathered
 from flowrl.weights.pool import BufferPool, OnPublished
@@ -100,6 +101,7 @@ class Relay:
         self._opening: tuple[int, set[int], float] | None = None
         self._transfer: Transfer | None = None
         self._num_transfers = 0
+        self._whole_s, self._changes_s = math.inf, 0.0
         found = store.latest()
         self._last = -1 if found is None or written is store else found.version
         self._parked: dict[tuple[int, int], list[tuple[bytes, Ask]]] = {}
@@ -216,9 +218,9 @@ class Relay:
             companions = [*self._companions, *self._store.beside(self._holdings.texts)]
             self._pool = BufferPool(self._store, blank, companions, self._on_published)
         self._buffer = self._pool.begin()
-        is_anchor = self._num_transfers % self._anchor_every == 0
+        is_whole = goes_whole(self._num_transfers, self._anchor_every, self._whole_s, self._changes_s)
         self._num_transfers += 1
-        base = self._whole if self._delta and not is_anchor else None
+        base = self._whole if self._delta and not is_whole else None
         into = self._buffer.bytes.numpy()
         self._transfer = Transfer(version, self._slices, self._node, self._needy, base, into)
         for index, part in enumerate(self._slices):
@@ -235,6 +237,7 @@ class Relay:
         transfer, buffer = self._transfer, self._buffer
         assert transfer is not None and buffer is not None and self._pool is not None
         self.received_bytes[transfer.version] = transfer.num_received_bytes
+        self._note(transfer)
         self._last = transfer.version
         self._tell_done(transfer.version)
         path = self._pool.commit(buffer, transfer.version, self._pin_of(transfer.version))
@@ -242,6 +245,14 @@ class Relay:
         if path is not None:
             self._whole = (transfer.version, buffer.bytes.numpy())
         self._transfer = self._buffer = None
+
+    def _note(self, transfer: Transfer) -> None:
+        """How long it took, for the next to go as is faster."""
+        seconds = time.monotonic() - transfer.begun
+        if transfer.has_base:
+            self._changes_s = seconds
+        else:
+            self._whole_s = seconds
 
     def _tell_done(self, version: int) -> None:
         assert self._holdings is not None

@@ -41,7 +41,8 @@ class WeightStore:
     def beside(self, texts: Mapping[str, str]) -> list[Path]:
         """Files with these names and contents, from which versions link what they need beside their weights."""
         directory = self.root.with_name(f"{self.root.name}-files")
-        directory.mkdir(parents=True, exist_ok=True)
+        if texts:
+            directory.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             (directory / name).write_text(text)
         return [directory / name for name in texts]
@@ -69,10 +70,14 @@ class WeightStore:
                 left.unlink()
 
     def discard_newer_than(self, version: int) -> None:
-        """For a writer that has gone back to a checkpoint and will publish those versions anew."""
+        """For a writer that has gone back to a checkpoint and will publish, and pin, those versions anew."""
         for newer in self.versions():
             if newer > version:
                 self.remove(self.path(newer))
+        for pins in self.root.glob("pins/*"):
+            for pinned in self.pinned(pins.name):
+                if pinned.version > version:
+                    self.unpin(pinned.version, pins.name)
 
     def pin(self, version: int, name: str) -> Path:
         """Keeps a version beyond its turn, by hard links, at the path returned. Pinning it twice is pinning it once.

@@ -45,6 +45,8 @@ class Transfer:
         into: np.ndarray,
     ) -> None:
         self.version = version
+        self.begun = time.monotonic()
+        self.has_base = base is not None
         self.num_received_bytes = 0
         self.forwards: dict[int, tuple[Given, bytes]] = {}
         self._slices = slices

@@ -44,6 +44,15 @@ def test_without_a_checkpoint_it_begins_anew(tmp_path: Path) -> None:
     assert not (run / "warm_start").exists()
 
 
+def test_versions_on_disk_of_another_run_of_the_name_are_not_written_among(tmp_path: Path) -> None:
+    disk = (f"weights.dir={tmp_path}/weights", "weights.transport=disk")
+    (tmp_path / "weights" / "x" / "v00000007").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"^weights\.dir: .*weights/x' holds versions of another run of this name"):
+        run_directory.create(recipe(tmp_path, *disk), 0)
+    assert not (tmp_path / "x").exists()
+    run_directory.create(recipe(tmp_path, *disk), 1)  # node 0 may have begun to publish
+
+
 def test_metrics_keep_only_the_updates_that_count(tmp_path: Path) -> None:
     run = begin(tmp_path, (2,))
     next_life(recipe(tmp_path), run, 0)

@@ -1,7 +1,8 @@
 """An engine that is only its weights: `python -m tests.weights.engine_process NAME NUM_RANKS OUT_DIR HOW`.
 
 Receives what is published in OUT_DIR, version after version, until a file `end` is there, and saves each beside it.
-HOW: `follow`; `check`, the first version with corruption and comparison; `die-N` or `hang-N`, when the Nth is open.
+HOW: `follow`; `check`, the first version with corruption and comparison; `check-skips`, so by an engine that puts one
+tensor nowhere; `die-N` or `hang-N`, when the Nth is open.
 """
 
 from __future__ import annotations
@@ -15,15 +16,28 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from flowrl.weights.collective import receiver as receiver_module
 from flowrl.weights.collective.giver import Terms
 from flowrl.weights.collective.receiver import Receiver
+from flowrl.weights.collective.rounds import Landing
 from tests.weights.rank_process import Model
 
 BUCKET_BYTES = 64  # many rounds, and tensors cut over several
 
 
+SKIPPED = "layers.1.wide"
+land = receiver_module._land
+
+
+def land_all_but_one(landing: Landing, given: torch.Tensor) -> None:
+    if landing.name != SKIPPED:
+        land(landing, given)
+
+
 def main(name: str, num_ranks: int, out: Path, how: str) -> None:
     torch.set_num_threads(1)
+    if how == "check-skips":
+        receiver_module._land = land_all_but_one
     tensors = Model().to(torch.bfloat16).state_dict(keep_vars=True)
     timeout_s = float(os.environ.get("TIMEOUT_S", "20"))
     receiver = Receiver(
@@ -46,7 +60,7 @@ def main(name: str, num_ranks: int, out: Path, how: str) -> None:
         if version <= last:
             time.sleep(0.002)
             continue
-        if how == "check" and last < 0:
+        if how.startswith("check") and last < 0:
             assert receiver.check(version, tensors)
         elif not receiver.open(version):
             continue

@@ -141,7 +141,7 @@ def test_first_sync_of_adapters_that_change_nothing_yet_is_checked(model_dir: Pa
         engine = EmbeddedEngine(max_batch=2, max_model_tokens=16)
         await engine.start(path, 0)
         try:
-            await check_first_sync(engine, path, 0, tmp_path / "scratch")
+            await check_first_sync(engine, path, 0, tmp_path / "scratch", starts_anew=True)
         finally:
             await engine.close()
 

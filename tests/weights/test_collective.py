@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from flowrl.weights.collective.rounds import Rounds, cut
 from flowrl.weights.collective.staging import Staging
 from flowrl.weights.loading import Place
+from tests.weights.engine_process import SKIPPED
 from tests.weights.test_ranks import ROOT, ranks_dir
 
 __all__ = ["ranks_dir"]
@@ -117,6 +118,15 @@ def test_engines_receive_what_a_gather_would_give_whoever_dies(ranks_dir: Path, 
         (tmp_path / "published-6").touch()
         assert steady.wait(60) != 0
         given.wait_for_words("a", "PeerLost: trainer ranks [0] did not answer for version 6")
+
+
+def test_an_engine_that_does_not_take_a_tensor_is_found_at_the_first_synchronisation(
+    ranks_dir: Path, tmp_path: Path
+) -> None:
+    with party(ranks_dir, tmp_path) as given:
+        assert given.engine("a", "check-skips").wait(60) != 0
+        given.wait_for_words("a", f"weights.check_first_sync: {SKIPPED} is not what was received for it")
+        assert not list(tmp_path.glob("served-*"))
 
 
 ranges = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 40)), min_size=1, max_size=6)

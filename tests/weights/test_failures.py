@@ -63,6 +63,54 @@ def test_engine_that_cannot_load_is_named_and_its_work_goes_to_the_others(tmp_pa
     assert len(trained) == len(set(trained)) == 240 * 64
 
 
+NOT_TAKEN = {
+    "shared_memory": """
+        from flowrl.rollout.embedded import weights
+
+        replace = weights.replace_from_directory
+
+        def without_one(model, path, loader=None):
+            kept = {name: tensor.clone() for name, tensor in model.state_dict().items() if "layers.1.mlp.down" in name}
+            replace(model, path, loader)
+            for name, tensor in model.state_dict().items():
+                if name in kept:
+                    tensor.copy_(kept[name])
+
+        weights.replace_from_directory = without_one
+    """,
+    "collective": """
+        from flowrl.weights.collective import receiver
+
+        land = receiver._land
+
+        def without_one(landing, given):
+            if "layers.1.mlp.down" not in landing.name:
+                land(landing, given)
+
+        receiver._land = without_one
+    """,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("transport", ["shared_memory", "collective"])
+@pytest.mark.parametrize("checks", [True, False])
+def test_an_engine_that_leaves_a_tensor_out_does_not_serve_unless_the_recipe_forgoes_the_check(
+    transport: str, checks: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.py").write_text(
+        "from flowrl.rollout.episodes import single_turn as episode\n" + textwrap.dedent(NOT_TAKEN[transport])
+    )
+    switch = f"weights.check_first_sync={str(checks).lower()}"
+    arguments = (f"weights.transport={transport}", switch, "eval=null", "rollout.episode=broken.py:episode")
+    code, output = run_to_end(small_run(tmp_path, *arguments, steps=4), timeout_s=200, cwd=tmp_path)
+    said = [line for line in output.splitlines() if "weights.check_first_sync: " in line]
+    assert (code != 0) == checks == bool(said), output
+    log = events(tmp_path / "runs" / "small")
+    assert any(event["kind"] == "sampled" for event in log) != checks
+
+
 def test_too_little_shared_memory_is_said_before_the_start_with_size_and_settings(tmp_path: Path) -> None:
     """On a real file system of 12 MB, in a mount namespace of the run's own, under a path that is short enough for
     sockets."""

@@ -128,43 +128,52 @@ def lively_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def check(path: Path, scratch: Path) -> None:
+def check(path: Path, scratch: Path, starts_anew: bool = True) -> None:
     async def run() -> None:
         engine = EmbeddedEngine(max_batch=2, max_model_tokens=16)
         await engine.start(path, 0)
         try:
-            await check_first_sync(engine, path, 0, scratch)
+            await check_first_sync(engine, path, 0, scratch, starts_anew=starts_anew)
         finally:
             await engine.close()
 
     asyncio.run(run())
 
 
-def test_first_sync_passes_and_leaves_nothing(lively_dir: Path, tmp_path: Path) -> None:
-    check(lively_dir, tmp_path / "scratch")
+@pytest.mark.parametrize("starts_anew", [True, False])
+def test_first_sync_passes_and_leaves_nothing(starts_anew: bool, lively_dir: Path, tmp_path: Path) -> None:
+    check(lively_dir, tmp_path / "scratch", starts_anew)
     assert not (tmp_path / "scratch").exists()
 
 
 def test_first_sync_finds_a_tensor_that_loading_skips(
     lively_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It was right from the start."""
+
     class Skipping(Loader):
         def load(self, path: Path) -> None:
+            skipped = self._tensors["model.layers.1.mlp.down_proj.weight"]
+            before = skipped.clone()
             super().load(path)
             with torch.no_grad():
-                self._tensors["model.layers.1.mlp.down_proj.weight"].zero_()
+                skipped.copy_(before)
 
     monkeypatch.setattr(core, "Loader", Skipping)
     with pytest.raises(EngineError, match="version 0 loaded in place gives other log-probs"):
         check(lively_dir, tmp_path / "scratch")
 
 
+@pytest.mark.parametrize(
+    ("starts_anew", "message"),
+    [(True, "loaded in place gives other log-probs"), (False, "computes as before after other weights were loaded")],
+)
 def test_first_sync_finds_an_engine_that_loads_nothing(
-    lively_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    starts_anew: bool, message: str, lively_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Loader, "load", lambda self, path: None)
-    with pytest.raises(EngineError, match="computes as before after other weights were loaded"):
-        check(lively_dir, tmp_path / "scratch")
+    with pytest.raises(EngineError, match=message):
+        check(lively_dir, tmp_path / "scratch", starts_anew)
 
 
 def test_zeroed_directory_has_the_same_names_and_takes_no_room(lively_dir: Path, tmp_path: Path) -> None:

@@ -230,7 +230,19 @@ def test_nodes_that_write_parts_complete_each_other(tmp_path: Path) -> None:
             assert {node.read(version) for node in nodes} == {data.tobytes()}
 
 
-def test_changes_are_few_bytes_and_anchors_are_whole(tmp_path: Path) -> None:
+def slow_to_encode(monkeypatch: pytest.MonkeyPatch, is_whole: bool) -> None:
+    """As over a slow link, where whole slices take long; or over a fast one, where comparing does."""
+
+    def slow(new: np.ndarray, base: np.ndarray | None) -> object:
+        if (base is None) == is_whole:
+            time.sleep(0.02)
+        return encode(new, base)
+
+    monkeypatch.setattr(relay_module, "encode_slice", slow)
+
+
+def test_changes_are_few_bytes_and_anchors_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_to_encode(monkeypatch, is_whole=True)
     with cluster(tmp_path, WHOLE, 3, anchor_every=3) as nodes:
         data, sent = random_bytes(), []
         for version in range(7):
@@ -242,6 +254,22 @@ def test_changes_are_few_bytes_and_anchors_are_whole(tmp_path: Path) -> None:
             data = slightly_changed(data)
         assert [count == NUM_BYTES for count in sent] == [True, False, False, True, False, False, True]
         assert max(sent[index] for index in (1, 2, 4, 5)) < NUM_BYTES // 20
+
+
+def test_versions_go_whole_where_comparing_takes_longer_and_changes_are_tried_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_to_encode(monkeypatch, is_whole=False)
+    with cluster(tmp_path, WHOLE, 3, anchor_every=4) as nodes:
+        data, sent = random_bytes(), []
+        for version in range(7):
+            before = nodes[0].relay.sent_bytes
+            publish(nodes, version, data)
+            wait_for(nodes[1:], version)
+            sent.append(nodes[0].relay.sent_bytes - before)
+            assert {node.read(version) for node in nodes} == {data.tobytes()}
+            data = slightly_changed(data)
+        assert [count == NUM_BYTES for count in sent] == [True, False, True, True, True, False, True]
 
 
 def test_unchanged_version_costs_no_payload(tmp_path: Path) -> None:

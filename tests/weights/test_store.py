@@ -196,6 +196,15 @@ def test_versions_after_a_checkpoint_can_be_published_anew(tmp_path: Path) -> No
         assert value_of(given.store.path(2)) == 20.0
 
 
+def test_pins_after_a_checkpoint_go_with_their_versions(tmp_path: Path) -> None:
+    """On a disk that an earlier life has left: else its pin would stand for the version that is published anew."""
+    with versions(tmp_path) as given:
+        for version in (1, 2):
+            given.publish(version, pin="eval")
+    given.store.discard_newer_than(1)
+    assert [pinned.version for pinned in given.store.pinned("eval")] == given.store.versions() == [1]
+
+
 def test_abandoned_version_is_never_seen(tmp_path: Path) -> None:
     with versions(tmp_path) as given:
         given.publish(0)
