@@ -32,8 +32,9 @@ _ELASTIC_PREFIX = "TORCHELASTIC_"
 @dataclass(frozen=True, kw_only=True)
 class Topology:
     """node: this controller's number among `num_nodes`. local_node: its number among the `nodes_on_host` controllers of
-    this machine (virtual nodes). run_id: fit for a file name. restart: how often this node's controller
-    failed and torchrun began anew. launcher: the torchrun process, by a name that no other has; empty without one."""
+    this machine (virtual nodes). run_id: fit for a file name. restart: how often this node's controller failed and
+    torchrun began anew. launcher: the torchrun process and which of its controllers this is, by a name that no other
+    has; empty without one."""
 
     node: int = 0
     num_nodes: int = 1
@@ -74,7 +75,7 @@ class Topology:
             # torchrun says "none" unless told a name; two such runs on one machine differ by their port.
             run_id=run_id if run_id != "none" else f"port{port}",
             restart=int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
-            launcher=_parent(),
+            launcher=f"{_parent()} {_number(environ, 'LOCAL_RANK')}",
         )
 
 
@@ -88,7 +89,7 @@ def without_torchrun(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _parent() -> str:
-    """Of this process: where it runs, its id, and when it began, in ticks since the machine did."""
+    """The process that has started this one: where it runs, its id, and when it began, in ticks since the machine."""
     fields = Path(f"/proc/{os.getppid()}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
     return f"{socket.gethostname()} {os.getppid()} {fields[19]}"
 

@@ -2,7 +2,7 @@
 
     lives.jsonl               a line for each life: its number, the checkpoint and step it began with, the time
     recipe.life0.yaml         the recipe of a life that is over; recipe.yaml is that of the last
-    launchers                 a line for each torchrun that has started controllers of the run
+    launchers                 a line for each torchrun, and controller of it, that has begun a life of the run
 
 What a life leaves in metrics.jsonl beyond the checkpoint that the next begins with is taken out of it: the file tells
 of the updates that count. events.jsonl keeps everything, with a line `resumed` where a life begins.

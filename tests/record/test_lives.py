@@ -7,9 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from controllers.topology import Topology
 from flowrl.config import Recipe, load
 from flowrl.record import run_directory
-from flowrl.record.lives import Life, lives, newest_checkpoint, next_life, note_life
+from flowrl.record.lives import (
+    Life,
+    is_started_again,
+    lives,
+    newest_checkpoint,
+    next_life,
+    note_launcher,
+    note_life,
+)
 from tests.integration.runs import ROOT
 
 
@@ -34,6 +43,25 @@ def test_a_life_begins_at_the_newest_whole_checkpoint(tmp_path: Path) -> None:
     assert next_life(recipe(tmp_path), run, 0) == Life(number=1, step=4, restore_from="checkpoints/step_4")
     assert [life["step"] for life in lives(run)] == [0, 4]
     assert next_life(recipe(tmp_path), run, 0).number == 2
+
+
+def controller(local_node: int, restart: int = 0) -> Topology:
+    """One of two that one torchrun has started on this machine."""
+    variables = {"RANK": local_node, "WORLD_SIZE": 2, "LOCAL_RANK": local_node, "LOCAL_WORLD_SIZE": 2}
+    more = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500, "TORCHELASTIC_RESTART_COUNT": restart}
+    return Topology.from_environment({name: str(value) for name, value in (variables | more).items()})
+
+
+def test_only_a_controller_that_its_torchrun_has_started_before_is_started_again(tmp_path: Path) -> None:
+    assert not is_started_again(tmp_path / "runs", controller(0, restart=1)), "there is nothing to go on with"
+    run = begin(tmp_path)
+    assert not is_started_again(run, controller(0)), "another start has left it"
+    note_launcher(run, controller(0))
+    assert is_started_again(run, controller(0)), "though torchrun has not counted it"
+    assert not is_started_again(run, controller(1)), "it is the first time that this one is started"
+    assert is_started_again(run, controller(1, restart=1))
+    note_launcher(run, Topology())
+    assert not is_started_again(run, Topology()), "without torchrun a run goes on only when it is told to"
 
 
 def test_without_a_checkpoint_it_begins_anew(tmp_path: Path) -> None:
