@@ -1,11 +1,14 @@
-"""Weights between two virtual hosts: two network namespaces and a link of 1 Gbit/s between them (`tc`). Needs root.
+"""Weights between two virtual hosts: two network namespaces and a link between them (`tc`). Needs root.
 
-    sudo python benchmarks/weights_link.py [--parameters 100] [--rounds 5] [--rate 1gbit] [--out RESULT.json]
+    sudo python benchmarks/weights_link.py [--gbits 1 10 inf] [--learning-rates 1e-7 1e-6 1e-5 1e-4] [--parameters 100]
+        [--rounds 5] [--out RESULT.json]
 
 One host has the float32 masters and publishes bfloat16 into shared memory; the other has a relay and nothing else. Each
-round takes an AdamW step at learning rate 1e-6 on random gradients, as a trainer would late in its moments, and times
-from the commit here to the version being visible there, whole and by changes. Both must be byte for byte the same, by
-SHA-256. Printed: bytes of payload, bytes on the link (its counters), seconds, and the share of weights that changed.
+round takes AdamW steps on random gradients, as a trainer would late in its moments, and times from the commit here to
+the version being visible there: one version whole, one by changes, and, when all of these have been, one as the relay
+chooses. All must be byte for byte the same on both hosts, by SHA-256. A link of `inf` Gbit/s has no limit but what
+memory, encryption and the two processes take. Printed, as medians: the share of weights that changed, bytes of payload,
+bytes on the link (its counters), seconds.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import secrets
 import statistics
@@ -21,44 +25,66 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
-LEARNING_RATE = 1e-6
+WARM_VERSIONS = 4
+"""Until all buffers of the receiver have been written to once."""
+WAYS = ("whole", "changes", "chosen")
 
 
 def main() -> None:
     given = parse()
-    tag = f"fw{os.getpid() % 100000}"
-    spaces = [f"{tag}a", f"{tag}b"]
-    results = {}
-    try:
-        connect(spaces, given.rate)
-        for way in ("whole", "changes"):
-            results[way] = measure(way, spaces, given)
-    finally:
-        for space in spaces:
-            subprocess.run(["ip", "netns", "del", space], check=False)
-    report = {"parameters_m": given.parameters, "rate": given.rate, "learning_rate": LEARNING_RATE, **results}
-    report["bytes_ratio"] = results["whole"]["payload_bytes"] / results["changes"]["payload_bytes"]
-    report["time_ratio"] = results["whole"]["seconds"] / results["changes"]["seconds"]
-    print(json.dumps(report, indent=2))
+    rows = []
+    for gbits in given.gbits:
+        tag = f"fw{os.getpid() % 100000}"
+        spaces = [f"{tag}a", f"{tag}b"]
+        try:
+            connect(spaces, gbits)
+            for rate in given.learning_rates:
+                found = measure(spaces, {"rounds": given.rounds, "parameters": given.parameters, "learning_rate": rate})
+                rows.append({"gbits": gbits, "learning_rate": rate} | found)
+                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        finally:
+            for space in spaces:
+                subprocess.run(["ip", "netns", "del", space], check=False)
+    print(table(rows))
     if given.out is not None:
-        given.out.write_text(json.dumps(report, indent=2) + "\n")
+        given.out.write_text(json.dumps({"parameters_m": given.parameters, "rows": rows}, indent=2) + "\n")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gbits", type=float, nargs="+", default=[1, 10, math.inf], help="of the link, a second")
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-7, 1e-6, 1e-5, 1e-4])
     parser.add_argument("--parameters", type=int, default=100, help="millions")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rate", default="1gbit")
     parser.add_argument("--out", type=Path, help="where the result goes as JSON")
     return parser.parse_args()
 
 
-def connect(spaces: list[str], rate: str) -> None:
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    heads = ["Gbit/s", "learning rate", "changed", "whole MB", "changes MB", "fewer"]
+    heads += ["whole s", "changes s", "chosen s", "chosen"]
+    lines = [heads, ["---"] * len(heads)]
+    for row in rows:
+        megabytes, seconds = ([row[way][what] for way in WAYS] for what in ("payload_bytes", "seconds"))
+        lines.append(
+            [
+                *(f"{row['gbits']:g}", f"{row['learning_rate']:g}", f"{row['changed_share']:.1%}"),
+                *(f"{value / 1e6:.2f}" for value in megabytes[:2]),
+                f"{megabytes[0] / megabytes[1]:.1f} ×",
+                *(f"{value:.2f}" for value in seconds),
+                "whole" if megabytes[2] == megabytes[0] else "changes",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def connect(spaces: list[str], gbits: float) -> None:
     def run(line: str) -> None:
         subprocess.run(line.split(), check=True)
 
@@ -69,12 +95,14 @@ def connect(spaces: list[str], rate: str) -> None:
         run(f"ip -n {space} addr add {address}/24 dev v0")
         run(f"ip -n {space} link set v0 up")
         run(f"ip -n {space} link set lo up")
-        run(f"ip netns exec {space} tc qdisc add dev v0 root tbf rate {rate} burst 256kb latency 50ms")
+        if gbits < math.inf:
+            limit = f"rate {gbits * 1000:.0f}mbit burst {max(256, gbits * 250):.0f}kb latency 50ms"
+            run(f"ip netns exec {space} tc qdisc add dev v0 root tbf {limit}")
 
 
-def measure(way: str, spaces: list[str], given: argparse.Namespace) -> dict[str, Any]:
+def measure(spaces: list[str], wanted: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="flowrl-link-") as memory:
-        settings = json.dumps(vars(given) | {"out": None, "way": way, "work": memory, "secret": secrets.token_hex(16)})
+        settings = json.dumps(wanted | {"work": memory, "secret": secrets.token_hex(16)})
         processes = [
             subprocess.Popen(
                 ["ip", "netns", "exec", space, sys.executable, "-P", __file__, "--host", str(host), settings],
@@ -91,16 +119,16 @@ def measure(way: str, spaces: list[str], given: argparse.Namespace) -> dict[str,
                 process.kill()
         source, target = (json.loads(output.splitlines()[-1]) for output in outputs)
     assert source["digests"] == target["digests"], "the hosts have different bytes"
-    rounds = range(1, given.rounds + 1)  # version 0 is whole either way
-    seconds = [target["visible"][version] - source["committed"][version] for version in rounds]
-    return {
-        "version_bytes": source["bytes"],
-        "payload_bytes": statistics.median(target["received"][version] for version in rounds),
-        "link_bytes": (source["link_bytes"] - source["link_bytes_0"]) / given.rounds,
-        "seconds": statistics.median(seconds),
-        "changed_share": statistics.median(source["changed"][1:]),
-        "is_equal": True,
-    }
+    last = WARM_VERSIONS + 2 * wanted["rounds"]
+    versions = (range(WARM_VERSIONS, last, 2), range(WARM_VERSIONS + 1, last, 2), range(last, last + wanted["rounds"]))
+    found: dict[str, Any] = {"changed_share": statistics.median(source["changed"][WARM_VERSIONS:])}
+    for way, of_way in zip(WAYS, versions, strict=True):
+        found[way] = {
+            "payload_bytes": statistics.median(target["received"][version] for version in of_way),
+            "link_bytes": statistics.median(source["link_bytes"][version] for version in of_way),
+            "seconds": statistics.median(target["visible"][one] - source["committed"][one] for one in of_way),
+        }
+    return found
 
 
 def run_host(host: int, settings: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +137,9 @@ def run_host(host: int, settings: dict[str, Any]) -> dict[str, Any]:
     from flowrl.weights.slices import Holdings
     from flowrl.weights.store import WeightStore
 
-    work, versions = Path(settings["work"]), settings["rounds"] + 1
+    work = Path(settings["work"])
+    chosen_from = WARM_VERSIONS + 2 * settings["rounds"]
+    versions = chosen_from + settings["rounds"]
     store = WeightStore(work / f"store-{host}", 3)
     visible: dict[int, float] = {}
     relay = Relay(
@@ -120,8 +150,7 @@ def run_host(host: int, settings: dict[str, Any]) -> dict[str, Any]:
         companions=[],
         bind=f"tcp://{ADDRESSES[host]}:*",
         secret=settings["secret"],
-        delta=settings["way"] == "changes",
-        anchor_every=10**6,
+        anchor_every=2,  # whole and by changes in turn
         on_published=lambda version, path: visible.__setitem__(version, time.monotonic()),
     )
     say(work / f"endpoint-{host}", relay.endpoint)
@@ -130,11 +159,13 @@ def run_host(host: int, settings: dict[str, Any]) -> dict[str, Any]:
     thread.start()
     found: dict[str, Any] = {"digests": []}
     if host == 0:
-        found |= publish_all(work, store, relay, settings["parameters"] * 1_000_000, versions)
+        found |= publish_all(work, store, relay, settings, versions)
     else:
         relay.hold(Holdings.of([0], [[(0, int(hear(work / "bytes")))]], int(hear(work / "bytes"))))
         for version in range(versions):
             hear(work / f"written-{version}")
+            if version == chosen_from:
+                relay._anchor_every = 10**6
             relay.written(0, version)
             while version not in visible:
                 assert thread.is_alive(), "the relay has failed"
@@ -148,7 +179,7 @@ def run_host(host: int, settings: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def publish_all(work: Path, store: Any, relay: Any, num_parameters: int, versions: int) -> dict[str, Any]:
+def publish_all(work: Path, store: Any, relay: Any, settings: dict[str, Any], versions: int) -> dict[str, Any]:
     import torch
 
     from flowrl.weights.pool import BufferPool
@@ -156,16 +187,18 @@ def publish_all(work: Path, store: Any, relay: Any, num_parameters: int, version
     from flowrl.weights.tensorfile import Kind, TensorFileLayout
 
     torch.manual_seed(0)
-    masters = torch.nn.Parameter(torch.randn(num_parameters) * 0.02)
-    adam = torch.optim.AdamW([masters], lr=LEARNING_RATE, weight_decay=0.0)
+    masters = torch.nn.Parameter(torch.randn(settings["parameters"] * 1_000_000) * 0.02)
+    masters.grad = torch.empty_like(masters)
+    adam = torch.optim.AdamW([masters], lr=settings["learning_rate"], weight_decay=0.0)
     layout = TensorFileLayout({"w": Kind(masters.shape, torch.bfloat16)})
     pool = BufferPool(store, layout, [], lambda version, path: None)
     relay.hold(Holdings.of([0], [[(0, layout.num_bytes)]], layout.num_bytes))
     say(work / "bytes", str(layout.num_bytes))
-    found: dict[str, Any] = {"bytes": layout.num_bytes, "committed": [], "changed": [], "digests": []}
+    found: dict[str, Any] = {"committed": [], "changed": [], "digests": [], "link_bytes": []}
     before = masters.detach().to(torch.bfloat16)
     for version in range(versions):
-        masters.grad = torch.randn(num_parameters)
+        masters.grad.normal_()
+        sent = link_bytes()
         adam.step()
         buffer = pool.begin()
         begin = layout.slots["w"].begin
@@ -177,10 +210,8 @@ def publish_all(work: Path, store: Any, relay: Any, num_parameters: int, version
         found["committed"].append(time.monotonic())
         say(work / f"written-{version}", "yes")
         hear(work / f"arrived-{version}")
+        found["link_bytes"].append(link_bytes() - sent)
         found["digests"].append(sha256(store, version))
-        if version == 0:
-            found["link_bytes_0"] = link_bytes()
-    found["link_bytes"] = link_bytes()
     pool.close()
     return found
 

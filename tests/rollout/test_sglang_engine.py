@@ -22,6 +22,7 @@ import pytest
 
 from flowrl.rollout.engine import EngineError, FinishReason, GenerateRequest, Generation, PauseMode
 from flowrl.rollout.sglang.engine import SGLangEngine
+from flowrl.weights.check import check_first_sync
 from tests.rollout.conformance import (  # noqa: F401
     LONG,
     TOLERANCE,
@@ -168,6 +169,23 @@ class TestSGLangEngine(EngineConformance):
             assert_logprobs(models.second, prompt, made, 1.0, slice(None))
 
         engine.run(roll_back())
+
+    def test_the_first_synchronisation_is_proved_and_an_engine_that_keeps_its_weights_found_out(
+        self, engine: Served, models: Models, tmp_path: Path
+    ) -> None:
+        class Keeping:
+            """Says that it has loaded."""
+
+            generate = engine.engine.generate
+
+            async def load_weights(self, path: Path, version: int, mode: PauseMode) -> None:
+                pass
+
+        version, scratch = engine.engine.version, tmp_path / "scratch"
+        engine.run(check_first_sync(engine.engine, models.first, version, scratch, starts_anew=False))
+        assert engine.engine.version == version and not scratch.exists()
+        with pytest.raises(EngineError, match="computes as before after other weights were loaded"):
+            engine.run(check_first_sync(Keeping(), models.first, version, scratch, starts_anew=False))
 
     def test_another_engine_can_take_over_a_running_server(self, engine: Served, models: Models) -> None:
         async def take_over() -> None:
