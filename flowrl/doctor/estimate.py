@@ -6,12 +6,13 @@ depends on the data (activations, prompts, rows). Each figure says which.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from controllers.placement import HOST_DEVICE, WorkerPlan, backing_device
 from flowrl.config import Recipe
 from flowrl.doctor.shape import ModelShape
-from flowrl.weights.place import publishes_adapters, version_bytes
+from flowrl.weights.place import publishes_adapters
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 PROCESS_BYTES = {"torch": 450 << 20, "light": 60 << 20}
@@ -54,28 +55,31 @@ def worker_memory(plan: WorkerPlan, recipe: Recipe, shape: ModelShape) -> list[N
         is_freed = is_gpu and bool(rollout.server_args.get("enable_memory_saver"))
         return [Need(what, _serving(recipe, shape), False, in_turn=is_freed)]
     if plan.worker in recipe.rollout_stages:
-        return engine_memory(recipe, shape, rollout.concurrency * rollout.group_size, is_parked=is_gpu)
+        return engine_memory(recipe, shape, _running_rows(recipe.producer(plan.worker)), is_parked=is_gpu)
     if plan.worker == "evaluate":
         return engine_memory(recipe, shape, EVALUATION_BATCH)
     return []
 
 
 def trainer_memory(plan: WorkerPlan, recipe: Recipe, shape: ModelShape, *, is_offloaded: bool = False) -> list[Need]:
-    """Sharded over the ranks: masters, gradients, Adam's two moments. Whole on each rank during an update: parameters
-    in the compute dtype and the gradients that are accumulated."""
-    train, share = recipe.train, -(-shape.parameters // plan.world_size)
+    """Sharded over the ranks: masters, and of what is trained gradients and Adam's two moments. Whole on each rank
+    during an update: parameters in the compute dtype and the gradients that are accumulated."""
+    train, ranks = recipe.train, plan.world_size
     compute = ITEM_BYTES[train.compute_dtype]
-    is_sharded = plan.world_size > 1 or train.compute_dtype != "float32"
-    gathered = shape.parameters * (compute + 4) if is_sharded else 0
-    tokens = train.micro_batch_tokens
-    is_collective, staged = recipe.weights.transport == "collective", -(-_serving(recipe, shape) // plan.world_size)
+    is_sharded = ranks > 1 or train.compute_dtype != "float32"
+    gathered = shape.parameters * compute + 4 * _trained(shape) if is_sharded else 0
+    with_critic = 2 if recipe.algorithm.has_critic else 1
+    tokens = min(train.micro_batch_tokens, _update_rows(recipe) * _longest_row(recipe, shape))
+    is_collective, staged = recipe.weights.transport == "collective", -(-_serving(recipe, shape) // ranks)
     width = ACTIVATIONS_PER_LAYER * shape.hidden + INTERMEDIATE_TENSORS * shape.intermediate
+    masters = 4 * shape.parameters + 12 * _trained(shape)
     return [
-        Need("masters, gradients and Adam's moments, float32", 16 * share, True, on_host=is_offloaded),
+        Need("masters, gradients and Adam's moments, float32", -(-masters // ranks), True, on_host=is_offloaded),
         *([Need("parameters and gradients, gathered for an update", gathered, True, in_turn=True)] if gathered else []),
+        *_companions(recipe, shape, ranks, is_sharded=is_sharded, is_offloaded=is_offloaded),
         Need(
             f"activations of a micro-batch of {tokens} tokens",
-            tokens * shape.layers * width * compute,
+            with_critic * tokens * shape.layers * width * compute,
             False,
             in_turn=True,
         ),
@@ -84,11 +88,25 @@ def trainer_memory(plan: WorkerPlan, recipe: Recipe, shape: ModelShape, *, is_of
     ]
 
 
+def _companions(
+    recipe: Recipe, shape: ModelShape, ranks: int, *, is_sharded: bool, is_offloaded: bool
+) -> Iterator[Need]:
+    """The models beside the policy, taken to be of its size."""
+    compute, share = ITEM_BYTES[recipe.train.compute_dtype], -(-shape.parameters // ranks)
+    if recipe.algorithm.has_critic:
+        yield Need("the critic's masters, gradients and moments, float32", 16 * share, False, on_host=is_offloaded)
+        if is_sharded:
+            yield Need("the critic, gathered for an update", shape.parameters * (compute + 4), False, in_turn=True)
+    is_base = recipe.model.lora is not None and recipe.reference.path is None and recipe.warm_start is None
+    if recipe.algorithm.kl is not None and not is_base:
+        yield Need("the reference", compute * share, False, on_host=recipe.reference.offload == "all")
+
+
 def engine_memory(recipe: Recipe, shape: ModelShape, batch: int, *, is_parked: bool = False) -> list[Need]:
     """The embedded engine's: its KV cache has room for every response at its longest. is_parked: its weights leave the
     device between its turns."""
     item = ITEM_BYTES[recipe.model.dtype]
-    tokens = min(shape.context, recipe.data.max_prompt_tokens + recipe.rollout.max_tokens)
+    tokens = _longest_row(recipe, shape)
     return [
         Need("weights", _serving(recipe, shape), True, in_turn=is_parked),
         Need(
@@ -111,7 +129,7 @@ def shared_memory(recipe: Recipe, shape: ModelShape) -> list[Need]:
 
 def disk_per_update(recipe: Recipe) -> list[Need]:
     """What every update adds to the run's directory."""
-    rows = recipe.train.batch_groups * recipe.rollout.group_size
+    rows = _update_rows(recipe)
     samples = 2 * recipe.train.batch_groups / recipe.run.samples_every
     return [
         Need("events.jsonl", rows * EVENTS_PER_ROW * EVENT_BYTES, False),
@@ -128,12 +146,16 @@ def _recorded_row(recipe: Recipe) -> int:
 
 def disk_in_all(recipe: Recipe, shape: ModelShape) -> list[Need]:
     """At the run's end."""
-    kept = recipe.run.checkpoints_kept if recipe.run.checkpoint_every else 1
+    every = recipe.run.checkpoint_every
+    checkpoints = 1 + (min(recipe.run.checkpoints_kept, recipe.train.steps // every) if every else 0)
+    has_first_state = recipe.run.record and (recipe.warm_start is not None or recipe.algorithm.has_critic)
+    checkpoint = 12 * (_trained(shape) + (shape.parameters if recipe.algorithm.has_critic else 0))
     exports = 2 if recipe.warm_start is not None else 1
     per_update = sum(need.amount for need in disk_per_update(recipe))
     needs = [
         Need(f"logs of {recipe.train.steps} updates", recipe.train.steps * per_update, False),
-        Need(f"{kept + 1} checkpoints, one of them being written", (kept + 1) * 12 * shape.parameters, True),
+        Need(f"{checkpoints} checkpoints, with the one being written", checkpoints * checkpoint, True),
+        *([Need("the state before the first update, for flowrl replay", checkpoint, True)] if has_first_state else []),
         Need(f"{exports} exported models", exports * _serving(recipe, shape), True),
     ]
     if recipe.weights.transport == "disk":
@@ -146,9 +168,27 @@ def process_bytes(plan: WorkerPlan) -> int:
     return PROCESS_BYTES["light" if plan.worker == "queue" else "torch"]
 
 
+def _trained(shape: ModelShape) -> int:
+    return shape.adapters or shape.parameters
+
+
+def _update_rows(recipe: Recipe) -> int:
+    return recipe.train.batch_groups * recipe.rollout.group_size
+
+
+def _longest_row(recipe: Recipe, shape: ModelShape) -> int:
+    return min(shape.context, recipe.data.max_prompt_tokens + recipe.rollout.max_tokens)
+
+
+def _running_rows(recipe: Recipe) -> int:
+    """At most, in one engine: what it has places for, or what the bound on staleness admits."""
+    groups = (recipe.staleness.max + 1) * recipe.train.batch_groups + recipe.rollout.oversampling
+    return min(recipe.rollout.concurrency, groups) * recipe.rollout.group_size
+
+
 def _version(recipe: Recipe, shape: ModelShape) -> int:
     """Of one published version."""
-    return version_bytes(recipe) if publishes_adapters(recipe) else _serving(recipe, shape)
+    return 4 * shape.adapters if publishes_adapters(recipe) else _serving(recipe, shape)
 
 
 def _serving(recipe: Recipe, shape: ModelShape) -> int:

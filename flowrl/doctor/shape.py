@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowrl.config import Recipe
-from flowrl.weights.place import serving_bytes
+from flowrl.config import LoRAConfig, ModelInitConfig, Recipe
+from flowrl.weights.place import adapter_elements, serving_bytes
 
 VOCABULARY_GUESS = 128
 """Of a model that is yet to be made: its tokenizer has one token for each character of the data."""
@@ -15,9 +15,11 @@ VOCABULARY_GUESS = 128
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """parameters: tied ones once. context: the most tokens it can see. is_guessed: the model does not exist yet."""
+    """parameters: tied ones once. adapters: elements of those that are trained instead, 0 where there are none.
+    context: the most tokens it can see. is_guessed: the model does not exist yet."""
 
     parameters: int
+    adapters: int
     layers: int
     hidden: int
     kv_heads: int
@@ -49,6 +51,7 @@ def shape_of(recipe: Recipe) -> ModelShape:
     heads = _first(config, "num_attention_heads", "n_head")
     return ModelShape(
         parameters=parameters,
+        adapters=adapter_elements(path, recipe.model.lora) if recipe.model.lora is not None else 0,
         layers=_first(config, "num_hidden_layers", "n_layer"),
         hidden=hidden,
         kv_heads=config.get("num_key_value_heads") or heads,
@@ -70,6 +73,7 @@ def _to_be_made(recipe: Recipe) -> ModelShape:
     embeddings = 2 * VOCABULARY_GUESS * init.hidden_size
     return ModelShape(
         parameters=init.layers * block + embeddings + init.hidden_size,
+        adapters=_adapters_to_be_made(init, recipe.model.lora) if recipe.model.lora is not None else 0,
         layers=init.layers,
         hidden=init.hidden_size,
         kv_heads=init.kv_heads,
@@ -79,6 +83,15 @@ def _to_be_made(recipe: Recipe) -> ModelShape:
         context=init.max_tokens,
         is_guessed=True,
     )
+
+
+def _adapters_to_be_made(init: ModelInitConfig, lora: LoRAConfig) -> int:
+    hidden, inner, kv = init.hidden_size, init.intermediate_size, init.kv_heads * (init.hidden_size // init.heads)
+    widths = {"q_proj": hidden, "k_proj": kv, "v_proj": kv, "o_proj": hidden} | dict.fromkeys(
+        ("gate_proj", "up_proj", "down_proj"), inner
+    )
+    wanted = [width for name, width in widths.items() if lora.targets is None or name in lora.targets]
+    return init.layers * lora.rank * sum(hidden + width for width in wanted)
 
 
 def _first(config: dict[str, int], *names: str) -> int:

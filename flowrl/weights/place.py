@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from controllers.placement import WorkerPlan
-from flowrl.config import Recipe
+from flowrl.config import LoRAConfig, Recipe
 
 EVALUATION_PIN = "evaluate"
 
@@ -88,18 +88,21 @@ def publishes_adapters(recipe: Recipe) -> bool:
 
 
 def version_bytes(recipe: Recipe) -> int:
-    """Size of one published version. Of adapters an upper bound, from all matrices of the layers that have a wanted
-    name. 0 where there is no checkpoint yet."""
-    lora = recipe.model.lora
+    """Size of one published version. 0 where there is no checkpoint yet."""
     model_dir = Path(recipe.model.path)
-    if lora is None or not publishes_adapters(recipe):
+    if recipe.model.lora is None or not publishes_adapters(recipe):
         return serving_bytes(model_dir, recipe.model.dtype)
+    return 4 * adapter_elements(model_dir, recipe.model.lora)
+
+
+def adapter_elements(model_dir: Path, lora: LoRAConfig) -> int:
+    """An upper bound, from all matrices of the layers that have a wanted name. 0 where there is no checkpoint yet."""
     elements = 0
     for name, shape in _shapes(model_dir):
         target = name.removesuffix(".weight").rpartition(".")[2]
         if len(shape) == 2 and re.search(r"\.\d+\.", name) and (lora.targets is None or target in lora.targets):
             elements += lora.rank * sum(shape)
-    return 4 * elements
+    return elements
 
 
 def serving_bytes(model_dir: Path, dtype: str) -> int:

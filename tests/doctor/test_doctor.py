@@ -14,7 +14,7 @@ from flowrl import pipeline
 from flowrl.cli.main import main
 from flowrl.config import load
 from flowrl.doctor import examine as examination
-from flowrl.doctor.estimate import worker_memory
+from flowrl.doctor.estimate import disk_in_all, worker_memory
 from flowrl.doctor.examine import ports
 from flowrl.doctor.machine import Machine
 from flowrl.doctor.shape import VOCABULARY_GUESS, shape_of
@@ -63,6 +63,34 @@ def test_what_is_sharded_shrinks_with_the_ranks_and_what_is_gathered_does_not(tm
     assert one["parameters"] == two["parameters"]
 
 
+def test_what_is_not_trained_needs_neither_gradients_nor_moments_nor_room_in_checkpoints(tmp_path: Path) -> None:
+    pipe = built(tmp_path, "model.lora={rank: 4, targets: [q_proj, down_proj]}", "warm_start=null")
+    guess = shape_of(pipe.recipe)
+    assert pipe.recipe.model.init is not None
+    create_model(tmp_path / "model", pipe.recipe.model.init, ["abc", "xyz"])
+    made = shape_of(pipe.recipe)
+    assert guess.adapters == made.adapters == 2 * 4 * ((128 + 128) + (384 + 128))
+    train = next(plan for plan in pipe.workers if plan.worker == "train")
+    assert worker_memory(train, pipe.recipe, made)[0].amount == 4 * made.parameters + 12 * made.adapters
+    (checkpoints,) = (need for need in disk_in_all(pipe.recipe, made) if "checkpoints" in need.what)
+    assert checkpoints.amount == 3 * 12 * made.adapters
+
+
+def test_a_critic_and_a_reference_are_counted(tmp_path: Path) -> None:
+    def memory_and_disk(*overrides: str) -> tuple[int, int]:
+        pipe = built(tmp_path, "warm_start=null", *overrides)
+        train, shape = next(plan for plan in pipe.workers if plan.worker == "train"), shape_of(pipe.recipe)
+        memory = worker_memory(train, pipe.recipe, shape)
+        held = sum(need.amount for need in memory if not need.in_turn)
+        return held // shape.parameters, sum(
+            need.amount for need in disk_in_all(pipe.recipe, shape) if "checkpoint" in need.what or "state" in need.what
+        ) // shape.parameters
+
+    assert memory_and_disk() == (16, 3 * 12)
+    assert memory_and_disk("algorithm.kl={coef: 0.1}") == (16 + 4, 3 * 12)
+    assert memory_and_disk("algorithm.name=ppo") == (16 + 16, (3 + 1) * 24), "with the state that a replay begins from"
+
+
 def test_a_small_recipe_fits(tmp_path: Path, machine: Machine) -> None:
     found = examination.examine(built(tmp_path), 0, 1, 1)
     assert not found.problems
@@ -71,7 +99,7 @@ def test_a_small_recipe_fits(tmp_path: Path, machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("rollout.concurrency=2000000", "memory of cpu"),
+        ("rollout.group_size=2000000", "memory of cpu"),
         ("queue.byte_limit_mb=100000", "Shared memory"),
         ("weights.buffers=5000000", "Shared memory"),
         ("train.steps=2000000000", "Disk"),

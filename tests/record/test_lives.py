@@ -110,3 +110,22 @@ def test_what_a_run_computes_may_not_change(tmp_path: Path, override: str) -> No
 def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run\.name: 'x'; .* holds no run to resume"):
         next_life(recipe(tmp_path), tmp_path / "x", 0)
+
+
+def test_a_run_goes_on_by_itself_only_under_the_torchrun_that_began_it(tmp_path: Path) -> None:
+    ours, another = Topology(launcher="host 7 100"), Topology(launcher="host 7 200")
+    assert not is_started_again(tmp_path / "x", ours), "there is no run yet"
+    run = begin(tmp_path)
+    note_launcher(run, ours)
+    note_launcher(run, ours)
+    assert (run / "launchers").read_text() == "host 7 100\n"
+    assert is_started_again(run, ours), "though torchrun has not counted it"
+    assert not is_started_again(run, another)
+    assert is_started_again(run, Topology(launcher="host 8 1", restart=1))
+    assert not is_started_again(run, Topology()), "without torchrun"
+
+
+def test_a_node_whose_disk_is_not_that_of_node_0_is_refused_by_name(tmp_path: Path) -> None:
+    run, _ = run_directory.create(recipe(tmp_path), 1)
+    with pytest.raises(ValueError, match=r"run\.dir: .* has no recipe\.yaml, so node 0 has it on another disk"):
+        next_life(recipe(tmp_path), run, 1)
