@@ -146,10 +146,10 @@ def test_a_killed_node_makes_torchrun_start_all_again_and_one_node_can_go_on_alo
 @pytest.mark.slow
 def test_a_run_of_one_node_goes_on_on_two(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "grown"
-    overrides = ("run.checkpoint_every=3", "train.steps=14")
+    overrides = ("run.checkpoint_every=3", "train.steps=24")
     kill_all_after(5, command(tmp_path, "grown", *overrides), run)
     run_to_its_end([*command(tmp_path, "grown", *overrides, nodes=2), "--resume"])
-    assert_no_row_twice_and_none_lost(run, 14, bound=2, shards=2)
+    assert_no_row_twice_and_none_lost(run, 24, bound=2, shards=2)
     _, resumed_at = (json.loads(line)["step"] for line in (run / "lives.jsonl").read_text().splitlines())
     begun = groups_begun_before(run, resumed_at)
     assert len(begun) > resumed_at * BATCH // GROUP > 0, "groups were under way"
@@ -157,7 +157,7 @@ def test_a_run_of_one_node_goes_on_on_two(tmp_path: Path) -> None:
     second_life = events_of_the_last_life(run)
     for kind in ("reserved", "sampled", "trained"):
         assert {event["node"] for event in second_life if event["kind"] == kind} == {0, 1}, kind
-    assert json.loads((run / "summary.json").read_text())["steps"] == 14
+    assert json.loads((run / "summary.json").read_text())["steps"] == 24
 
 
 def groups_begun_before(run: Path, step: int) -> set[int]:

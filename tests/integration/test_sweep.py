@@ -201,8 +201,8 @@ def test_points_span_nodes_one_after_another_under_torchrun(workplace: Path) -> 
     for seed in (0, 1):
         run = workplace / "two" / "points" / f"train.seed={seed}"
         assert json.loads((run / "summary.json").read_text())["steps"] == 2
-        events = [json.loads(each) for each in (run / "events.jsonl").read_text().splitlines()]
-        assert {event["node"] for event in events if event["kind"] == "sampled"} == {0, 1}
+        # Whichever engine is ready first may sample all that so short a run needs.
+        assert {path.name for path in (run / "logs").glob("rollout.*")} == {"rollout.0.0.log", "rollout.1.0.log"}
     assert not list(sessions(workplace).glob("*"))
 
 
