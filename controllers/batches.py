@@ -26,6 +26,10 @@ class HostedStages:
     def __bool__(self) -> bool:
         return bool(self._stages)
 
+    @property
+    def names(self) -> list[str]:
+        return [stage.name for stage in self._stages]
+
     def process(self, batch: Rows) -> Rows:
         """The columns that they write, of the same rows. Raises RuntimeError by the name of the stage that fails."""
         written = Rows(batch.keys, {})

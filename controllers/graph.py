@@ -87,6 +87,7 @@ def _refuse_duplicates(stages: Sequence[Stage]) -> None:
 
 def _refuse_mixed_workers(stages: Sequence[Stage]) -> None:
     first: dict[str, Stage] = {}
+    owners: dict[str, Stage] = {}
     for stage in stages:
         other = first.setdefault(stage.worker, stage)
         if other.pool != stage.pool:
@@ -94,7 +95,8 @@ def _refuse_mixed_workers(stages: Sequence[Stage]) -> None:
                 f"stages.{stage.name}.pool: {stage.pool!r}; it shares worker {stage.worker!r} with stage "
                 f"{other.name!r}, whose pool is {other.pool!r}; stages of one worker must name one pool"
             )
-        if other.kind != stage.kind and not (stage.is_hosted or other.is_hosted):
+        other = owners.setdefault(stage.worker, stage) if not stage.is_hosted else stage
+        if other.kind != stage.kind:
             driver = stage if stage.kind is Kind.DRIVER else other
             raise ValueError(
                 f"stages.{stage.name}.worker: {stage.worker!r}; {driver.name!r} is a driver and owns its process, so "
@@ -170,8 +172,10 @@ def _after_edges(stages: Sequence[Stage]) -> tuple[Edge, ...]:
 
 def _sorted(stages: Sequence[Stage], edges: Sequence[Edge]) -> tuple[Stage, ...]:
     waits_for: dict[str, list[str]] = {stage.name: [] for stage in stages}
+    hosted = {stage.name for stage in stages if stage.is_hosted}
     for edge in edges:
-        if not edge.is_optional:
+        # Nobody waits for an optional column; but of stages that are run one after the other its writer comes first.
+        if not edge.is_optional or {edge.source, edge.target} <= hosted:
             waits_for[edge.target].append(edge.source)
     try:
         order = list(graphlib.TopologicalSorter(waits_for).static_order())

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
+from controllers.reaper import OWNER_FILE
 from controllers.topology import Topology
 
-_OWNER_FILE = "owner"
 # A Unix socket's path must fit 108 bytes with its terminator; the margin is for names inside the directory.
 _MAX_SOCKET_PATH = 100
 _LONGEST_SOCKET_NAME = "control.socket.0000"
@@ -30,7 +30,7 @@ class Session:
     """A context manager: the directory exists inside it. Raises ValueError for a place that cannot serve."""
 
     def __init__(self, root: Path, topology: Topology, needed_bytes: int = 0) -> None:
-        # A restarted controller gets another name: its predecessor's reaper may still be removing the old one.
+        # torchrun may start a controller again while the reaper of the one before still removes what that had.
         attempt = f"-r{topology.restart}" if topology.restart else ""
         self.path = root / f"{topology.run_id}{attempt}-n{topology.node}"
         self._root = root
@@ -52,7 +52,7 @@ class Session:
                 raise ValueError(f"run id: {self.path} belongs to a run that is alive; give this run another id")
             self._refuse_little_space()
             self.path.mkdir(mode=0o700)
-            self._owner = (self.path / _OWNER_FILE).open("w")
+            self._owner = (self.path / OWNER_FILE).open("w")
             fcntl.flock(self._owner, fcntl.LOCK_EX)
             self._owner.write(f"{os.getpid()}\n")
             self._owner.flush()
@@ -113,7 +113,7 @@ def remove_dead_sessions(root: Path) -> list[Path]:
 
 def _has_living_owner(path: Path) -> bool:
     try:
-        owner = (path / _OWNER_FILE).open("r")
+        owner = (path / OWNER_FILE).open("r")
     except FileNotFoundError:
         return False
     with owner:

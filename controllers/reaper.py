@@ -2,12 +2,14 @@
 
 A worker dies with its controller by itself (`worker.py`); what the worker had started in turn does not. The reaper
 holds the numbers of the workers' process groups and, when the controller's end of its pipe closes, kills those
-that are left and removes the session directory. The file imports the standard library alone, to start at once.
+that are left and removes the session directory, unless a successor has it by now. The file imports the standard library
+alone, to start at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -17,6 +19,8 @@ from pathlib import Path
 
 _IN_ORDER = "0\n"
 """The controller has cleaned up by itself."""
+OWNER_FILE = "owner"
+"""In a session directory: locked by the controller that it belongs to, as long as that lives."""
 
 
 class Reaper:
@@ -58,11 +62,26 @@ def main(session_dir: str) -> None:
             os.killpg(group, signal.SIGKILL)
         except ProcessLookupError:
             continue
-    shutil.rmtree(session_dir, ignore_errors=True)
     root = os.path.dirname(session_dir)
+    with contextlib.suppress(FileNotFoundError):
+        remove_if_dead(root, session_dir)
     if root == f"/dev/shm/flowrl-{os.getuid()}":
         with contextlib.suppress(OSError):  # other sessions are in it
             os.rmdir(root)
+
+
+def remove_if_dead(root: str, session_dir: str) -> None:
+    """Under the lock that whoever makes or removes session directories holds."""
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with contextlib.suppress(BlockingIOError), contextlib.ExitStack() as opened:
+            with contextlib.suppress(FileNotFoundError):
+                owner = opened.enter_context(open(os.path.join(session_dir, OWNER_FILE)))
+                fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(session_dir, ignore_errors=True)
+    finally:
+        os.close(descriptor)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ class Topology:
             # torchrun says "none" unless told a name; two such runs on one machine differ by their port.
             run_id=run_id if run_id != "none" else f"port{port}",
             restart=int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
-            launcher=f"{_parent()} {_number(environ, 'LOCAL_RANK')}",
+            launcher=f"{_launcher()} {_number(environ, 'LOCAL_RANK')}",
         )
 
 
@@ -88,10 +88,21 @@ def without_torchrun(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _parent() -> str:
-    """The process that has started this one: where it runs, its id, and when it began, in ticks since the machine."""
-    fields = Path(f"/proc/{os.getppid()}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-    return f"{socket.gethostname()} {os.getppid()} {fields[19]}"
+def _launcher() -> str:
+    """The torchrun above this process, or the process right above: where it runs, its id, and when it began, in ticks
+    since the machine did."""
+    ancestor = nearest = os.getppid()
+    while ancestor > 1:
+        if b"torchrun" in (line := Path(f"/proc/{ancestor}/cmdline").read_bytes()) or b"torch.distributed.run" in line:
+            nearest = ancestor
+            break
+        ancestor = int(_stat(ancestor)[1])
+    return f"{socket.gethostname()} {nearest} {_stat(nearest)[19]}"
+
+
+def _stat(pid: int) -> list[str]:
+    """The kernel's fields of a process after its name: state, parent, … (proc(5))."""
+    return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:

@@ -110,13 +110,12 @@ def refuse_evaluation_elsewhere(recipe: Recipe, workers: Sequence[WorkerPlan]) -
 
 def stages(recipe: Recipe) -> list[Stage]:
     """The default graph of the algorithm, and what the recipe adds or replaces by name."""
-    declared: dict[str, Stage] = {}
-    for stage in _default_stages(recipe):
-        if declared.setdefault(stage.name, stage) is not stage:
-            raise ValueError(f"producers.{stage.name}: there is a stage of that name")
+    declared = {stage.name: stage for stage in _default_stages(recipe)}
     for name, given in recipe.stages.items():
         worker = "stages" if given.pool == "cpu" else f"stages-{given.pool}"
         is_hosted = given.unit == Unit.BATCH.value
+        if is_hosted and given.pool != "cpu":
+            raise ValueError(f"stages.{name}.pool: {given.pool!r}; a stage with unit 'batch' runs in train's processes")
         declared[name] = Stage(
             name=name,
             run=given.run,
@@ -247,7 +246,7 @@ def _expert_columns(recipe: Recipe) -> tuple[str, ...]:
 def _train_columns(recipe: Recipe) -> tuple[str, ...]:
     if recipe.algorithm.estimates_in_trainer:
         return tuple(name for name in TRAIN_COLUMNS if name != "advantage") + _estimator_columns(recipe)
-    return TRAIN_COLUMNS
+    return TRAIN_COLUMNS + _filter_columns(recipe)
 
 
 def _advantage_columns(recipe: Recipe) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import pytest
 from flowrl import pipeline
 from flowrl.config import load, to_yaml
 from flowrl.record.lives import Life
+from flowrl.simulate.of_run import setting_of_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
@@ -50,9 +51,12 @@ QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
         ("pools.rollout.devices=[cuda]", "pools.*.devices: 'cuda'; must read 'cpu', or with a number"),
         ("producers.more.engine=vllm", "producers.more: rollout.engine: 'vllm'; must be one of"),
         ("producers.more.servers=2", "producers.more: rollout.servers: 2; only rollout.engine=sglang has that"),
+        ("producers={queue: {}}", "producers.queue: there is a worker or a stage of that name"),
+        ("producers={a/b: {}}", "producers.a/b: a name has letters, digits, '_' and '-'"),
         ("producers.more.temperature=2", "producers.more.temperature: 2; no such field"),
-        ("producers.rollout.concurrency=2", "producers.rollout: there is a stage of that name"),
+        ("producers.rollout.concurrency=2", "producers.rollout: there is a worker or a stage of that name"),
         ("network.meet_s=0", "network.meet_s: 0.0; must be above 0"),
+        ("network.meet_s=9", "network.meet_s: 9.0; must be above network.peer_s=10.0"),
         ("network.peer_s=1", "network.peer_s: 1.0; nodes speak once a second, so more than 2"),
         ("run.name=a/b", "run.name: 'a/b'; must be a directory name"),
     ],
@@ -134,7 +138,7 @@ def test_a_producer_is_as_rollout_but_for_what_it_says_and_what_belongs_to_anoth
     [
         (("producers={more: {}}", "rollout.handover=batch"), "producers: ['more']; rollout.handover=batch and"),
         (("producers={more: {}}", "run.determinism=strict", "staleness.max=0"), "producers: ['more']; rollout"),
-        (("producers={reward: {pool: cpu}}",), "producers.reward: there is a stage of that name"),
+        (("producers={reward: {pool: cpu}}",), "producers.reward: there is a worker or a stage of that name"),
         (("producers={more: {}}",), "stages.more.pool: 'more'; the pools are"),
         (
             (
@@ -159,3 +163,23 @@ def test_how_long_nodes_wait_for_each_other_is_the_recipes_to_say(tmp_path: Path
     recipe = load(QUICKSTART, ["network.meet_s=30", "network.peer_s=5"])
     settings = pipeline.controller_settings(pipeline.build(recipe, 1), tmp_path, Life(number=0))
     assert (settings.start_s, settings.peer_s) == (30.0, 5.0)
+
+
+def test_the_trainer_waits_for_the_filter_of_tied_groups_whoever_makes_the_advantages() -> None:
+    mine = "stages.advantage={run: 'flowrl.stages.tied:TiedGroups', unit: batch, reads: [reward], writes: [advantage]}"
+    built = pipeline.build(load(QUICKSTART, ["rollout.filter_tied=true", mine]), 1)
+    assert "is_untied" in built.graph.consumers()["train"].reads
+    assert "advantage" not in built.graph.consumers()["train"].reads
+
+
+def test_a_stage_of_batches_takes_no_pool() -> None:
+    mine = "stages.advantage={run: 'flowrl.stages.tied:TiedGroups', unit: batch, writes: [advantage], pool: rollout}"
+    with pytest.raises(
+        ValueError, match=r"stages\.advantage\.pool: 'rollout'; a stage with unit 'batch' runs in train's"
+    ):
+        pipeline.build(load(QUICKSTART, [mine]), 1)
+
+
+def test_engines_of_several_sizes_are_not_simulated_as_if_they_were_alike() -> None:
+    with pytest.raises(ValueError, match=r"producers\.more\.concurrency: 2; engines are simulated alike"):
+        setting_of_recipe(load(QUICKSTART, ["producers={more: {concurrency: 2, pool: rollout}}"]))

@@ -35,10 +35,10 @@ def run(arguments: argparse.Namespace) -> int:
     if not most:
         raise ValueError(
             f"count: {arguments.count}; engines cannot join or leave this run, which hands over whole shares of an "
-            "update, or has them take turns with the trainer at its devices"
+            "update, sends weights straight into engines, or has some take turns with the trainer at its devices"
         )
     if not 0 <= arguments.count <= most:
         raise ValueError(f"count: {arguments.count}; must be from 0 to {most}, the devices that pools.{pool} names")
     want(arguments.run, arguments.stage, arguments.node, arguments.count)
-    print(f"node {arguments.node} is to have {arguments.count} engines; it looks once a second")
+    print(f"node {arguments.node} is to have {arguments.count} engines of {arguments.stage}; it looks once a second")
     return 0

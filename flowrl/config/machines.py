@@ -48,8 +48,6 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         check_one_of("stages.*.unit", self.unit, ("row", "group", "batch"))
-        if self.unit == "batch" and self.pool != "cpu":
-            raise ValueError(f"stages.*.pool: {self.pool!r}; a stage with unit 'batch' runs in train's processes")
         check_dotted("stages.*.run", self.run)
 
 
@@ -82,6 +80,11 @@ class NetworkConfig:
         check_positive("network.meet_s", self.meet_s)
         if self.peer_s <= PEER_WORD_S:
             raise ValueError(f"network.peer_s: {self.peer_s}; nodes speak once a second, so more than {PEER_WORD_S}")
+        if self.meet_s <= self.peer_s:
+            raise ValueError(
+                f"network.meet_s: {self.meet_s}; must be above network.peer_s={self.peer_s}, after which the others of "
+                "a node that is started again have noticed"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

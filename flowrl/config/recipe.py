@@ -6,6 +6,7 @@ several is checked in `Recipe`. Reading and writing recipes is `load.py`. Nothin
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 
 from flowrl.algorithms.declarations import ADVANTAGES
@@ -22,6 +23,12 @@ from flowrl.config.weights import WeightsConfig
 LEAST_LAG = 2
 SINGLE_TURN = "single_turn"
 ROLLOUT = "rollout"
+NAME = re.compile(r"[A-Za-z][\w-]*")
+WORKERS = (
+    *(ROLLOUT, "train", "warm_start", "evaluate", "proximal", "reward", "advantage", "tied"),
+    *("stages", "queue", "relay"),
+)
+"""Names of our stages and workers, there or not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +92,10 @@ def refuse_unsuitable_producers(recipe: Recipe) -> None:
         )
     servers = list(recipe.rollout.urls)
     for name in recipe.producers:
-        if name in (ROLLOUT, *recipe.stages):
-            raise ValueError(f"producers.{name}: there is a stage of that name")
+        if not NAME.fullmatch(name):
+            raise ValueError(f"producers.{name}: a name has letters, digits, '_' and '-', and begins with a letter")
+        if name in (*WORKERS, *recipe.stages):
+            raise ValueError(f"producers.{name}: there is a worker or a stage of that name")
         try:
             urls = recipe.producer(name).rollout.urls
         except ValueError as error:

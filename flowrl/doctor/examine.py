@@ -56,12 +56,16 @@ def _environment(found: Diagnosis, built: Pipeline, machine: Machine) -> None:
     ]
     found.problems += [f"{name} is not installed" for name, text in versions.items() if not text]
     lines.append(f"{machine.cores} cores, {size(machine.memory)} of memory, {len(machine.gpus)} GPUs")
-    rollouts = [recipe.producer(name).rollout for name in recipe.rollout_stages]
-    for python in dict.fromkeys(rollout.python or sys.executable for rollout in rollouts if rollout.engine == "sglang"):
+    for name in recipe.rollout_stages:
+        rollout = recipe.producer(name).rollout
+        if rollout.engine != "sglang":
+            continue
+        python = rollout.python or sys.executable
         version = sglang_version(python)
         lines.append(f"sglang {version or 'missing'} in {python}")
         if not version:
-            found.problems.append(f"rollout.python: {python!r} has no sglang, and rollout.engine is sglang")
+            field = "rollout" if name == "rollout" else f"producers.{name}"
+            found.problems.append(f"{field}.python: {python!r} has no sglang, and its engine is sglang")
     engines = sum(plan.worker in recipe.rollout_stages for plan in built.workers)
     wanted = max(MIN_OPEN_FILES, FILES_PER_ENGINE * engines)
     lines.append(f"open files: at most {machine.open_files} a process")

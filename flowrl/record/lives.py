@@ -22,7 +22,8 @@ from typing import Any
 
 from controllers.topology import Topology
 from flowrl.config import Recipe, load, to_yaml
-from flowrl.record.run_directory import recipe_name
+from flowrl.record.run_directory import recipe_name, refuse_versions_of_another
+from flowrl.weights.place import versions_on_disk
 
 CHECKPOINTS_DIR = "checkpoints"
 _LIVES_FILE = "lives.jsonl"
@@ -52,11 +53,11 @@ def newest_checkpoint(directory: Path) -> tuple[int, str]:
 
 
 def is_started_again(directory: Path, topology: Topology) -> bool:
-    """By torchrun: what its controllers had begun goes on. torchrun counts only how often this node's own controller
-    has failed; under c10d it starts those of other nodes again without counting."""
-    if not any((directory / recipe_name(node)).is_file() for node in (0, topology.node)):
-        return False
-    return topology.restart > 0 or topology.launcher in _launchers(directory)
+    """By the torchrun that has begun the run, which goes on then. torchrun's own count does not say so: it counts how
+    often this node's controller has failed, also when that was refused another run's directory, and under c10d it
+    starts those of other nodes again without counting."""
+    has_begun = any((directory / recipe_name(node)).is_file() for node in (0, topology.node))
+    return has_begun and topology.launcher in _launchers(directory)
 
 
 def note_launcher(directory: Path, topology: Topology) -> None:
@@ -83,7 +84,10 @@ def next_life(recipe: Recipe, directory: Path, node: int) -> Life:
                 "a run goes on only from checkpoints that all nodes see"
             )
         raise ValueError(f"run.name: {recipe.run.name!r}; {directory} holds no run to resume")
-    refuse_other_run(load(directory / recipe_name(0)), recipe)
+    before = load(directory / recipe_name(0))
+    refuse_other_run(before, recipe)
+    if node == 0 and versions_on_disk(recipe) != versions_on_disk(before):
+        refuse_versions_of_another(recipe)
     step, checkpoint = newest_checkpoint(directory)
     life = Life(number=len(lives(directory)), step=step, restore_from=checkpoint)
     if node == 0:

@@ -20,7 +20,14 @@ LEAST_RESPONSES = 20
 
 
 def setting_of_recipe(recipe: Recipe, num_nodes: int = 1) -> Setting:
-    """Sizes, bound and policy are the recipe's; how long things take is not in it."""
+    """Sizes, bound and policy are the recipe's; how long things take is not in it. Raises ValueError for producers
+    whose engines are not like rollout's."""
+    for name in recipe.producers:
+        if (places := recipe.producer(name).rollout.concurrency) != recipe.rollout.concurrency:
+            raise ValueError(
+                f"producers.{name}.concurrency: {places}; engines are simulated alike, with rollout.concurrency="
+                f"{recipe.rollout.concurrency}"
+            )
     workers = pipeline.build(recipe, num_nodes).workers
     return Setting(
         batch_groups=recipe.train.batch_groups,

@@ -236,7 +236,8 @@ class TrainStage:
             return
         batch = whole_batch(self.ready_rows(queue, update), self.world)
         if self.hosted and len(batch):
-            batch = with_columns_of_first(batch, self.hosted.process, self.world)
+            with self.context.waiting_for(f"rank 0, which runs {', '.join(self.hosted.names)} on update {update}"):
+                batch = with_columns_of_first(batch, self.hosted.process, self.world)
         share = balanced_share(batch, self.world)
         if len(share):
             yield share

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import msgspec
 
+from flowrl.config import load
 from flowrl.sweep.axes import Point
+from flowrl.weights.place import versions_on_disk
 
 
 class State(enum.Enum):
@@ -127,8 +129,12 @@ class SweepDirectory:
         _write(self._outcome_path(point), msgspec.json.format(msgspec.json.encode(outcome), indent=2))
 
     def set_aside(self, point: Point) -> None:
-        """Makes room for a point's run; what it left before is kept in `abandoned/`."""
+        """Makes room for a point's run; what it left before is kept in `abandoned/`, and versions of its weights on a
+        shared disk beside where they were."""
         self._outcome_path(point).unlink(missing_ok=True)
+        versions = _versions_on_disk(self.run_of(point) / "recipe.yaml")
+        if versions is not None and versions.exists():
+            versions.rename(_free(versions.with_name(f"{versions.name}.abandoned")))
         for left in (self.run_of(point), self.log_of(point)):
             if left.exists():
                 target = _free(self.path / "abandoned" / left.name)
@@ -170,6 +176,14 @@ def _write(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(content + b"\n")
     temporary.rename(path)
+
+
+def _versions_on_disk(recipe_path: Path) -> Path | None:
+    """Where the run of that recipe published its weights, if that outlives it."""
+    if not recipe_path.is_file():
+        return None
+    recipe = load(recipe_path)
+    return versions_on_disk(recipe)
 
 
 def _free(path: Path) -> Path:

@@ -30,11 +30,12 @@ _NUM_NEW = 4
 
 async def check_first_sync(engine: Engine, path: Path, version: int, scratch: Path, *, starts_anew: bool) -> None:
     """engine: started from the directory `path` as `version`, nothing running. scratch: a directory to make, where a
-    file of holes takes no room. starts_anew: whether the engine may be started a second time. Raises EngineError saying
-    what is wrong."""
+    file of holes takes no room; what an engine that was killed meanwhile has left there goes. starts_anew: whether the
+    engine may be started a second time. Raises EngineError saying what is wrong."""
     first = await _probe(engine)
-    (make_other_adapters if is_adapter(path) else make_zeroed)(path, scratch)
+    shutil.rmtree(scratch, ignore_errors=True)
     try:
+        (make_other_adapters if is_adapter(path) else make_zeroed)(path, scratch)
         if starts_anew:
             await engine.close()
             await engine.start(scratch, version)

@@ -53,9 +53,12 @@ class Route:
 
 def weights_root(recipe: Recipe, session_dir: Path) -> Path:
     """What a node's engines read from."""
-    if recipe.weights.dir is None:
-        return session_dir / "weights"
-    return Path(recipe.weights.dir) / recipe.run.name
+    return versions_on_disk(recipe) or session_dir / "weights"
+
+
+def versions_on_disk(recipe: Recipe) -> Path | None:
+    """The directory of its versions that all nodes see, and that outlives a run."""
+    return None if recipe.weights.dir is None else Path(recipe.weights.dir) / recipe.run.name
 
 
 def written_root(recipe: Recipe, session_dir: Path, route: Route) -> Path:

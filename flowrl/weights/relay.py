@@ -248,11 +248,10 @@ class Relay:
 
     def _note(self, transfer: Transfer) -> None:
         """How long it took, for the next to go as is faster."""
-        seconds = time.monotonic() - transfer.begun
         if transfer.has_base:
-            self._changes_s = seconds
+            self._changes_s = transfer.seconds()
         else:
-            self._whole_s = seconds
+            self._whole_s = transfer.seconds()
 
     def _tell_done(self, version: int) -> None:
         assert self._holdings is not None

@@ -45,7 +45,7 @@ class Transfer:
         into: np.ndarray,
     ) -> None:
         self.version = version
-        self.begun = time.monotonic()
+        self._begun = time.monotonic()
         self.has_base = base is not None
         self.num_received_bytes = 0
         self.forwards: dict[int, tuple[Given, bytes]] = {}
@@ -64,6 +64,10 @@ class Transfer:
     @property
     def is_complete(self) -> bool:
         return not self._missing
+
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self._begun
 
     def has(self, index: int) -> bool:
         return index not in self._missing

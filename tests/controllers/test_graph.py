@@ -115,6 +115,20 @@ def test_stages_of_batches_run_with_the_driver_that_takes_them_for_all() -> None
     assert consumers["learn"].optional == ("hint",)
 
 
+def test_of_stages_of_one_batch_the_writer_of_an_optional_column_comes_first() -> None:
+    reader = stage("a_reader", "seed", "place", unit=Unit.BATCH, worker="learn", optional=("hint",))
+    writer = stage("hints", "seed", "hint", unit=Unit.BATCH, worker="learn")
+    graph = Graph.of([BATCHES[0], reader, writer, stage("learn", "place", kind=Kind.DRIVER, unit=Unit.BATCH)])
+    assert [member.name for member in graph.workers()["learn"]] == ["learn", "hints", "a_reader"]
+    assert graph.consumers()["learn"].optional == ()
+
+
+def test_only_stages_of_batches_share_a_drivers_process_whatever_comes_first() -> None:
+    mapped = stage("other", "seed", "more", worker="learn")
+    for stages in ([*BATCHES, mapped], [mapped, *BATCHES]):
+        assert "'learn' is a driver and owns its process" in refusal(stages)
+
+
 def test_a_stage_of_batches_without_their_driver_is_refused() -> None:
     alone = [*BATCHES[:2], stage("rank", "weight", "place", unit=Unit.BATCH)]
     assert refusal(alone).startswith("stages.rank.unit: 'batch'; it runs with the one driver that takes batches")

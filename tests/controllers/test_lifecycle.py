@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from controllers.lifecycle import Session
+from controllers.reaper import remove_if_dead
 from controllers.topology import Topology
 
 _OWNER = """
@@ -54,6 +55,16 @@ def test_directory_is_private_and_gone_at_the_end(root: Path) -> None:
         assert session.path.stat().st_mode & 0o777 == 0o700
         assert session.endpoint("queue") == f"ipc://{root}/mine-n0/queue"
     assert not list(root.iterdir())
+
+
+def test_a_late_reaper_leaves_alone_what_its_successor_has_made(root: Path, owner: subprocess.Popen[bytes]) -> None:
+    remove_if_dead(str(root), str(root / "other-n0"))
+    assert (root / "other-n0" / "owner").exists()
+    owner.kill()
+    owner.wait()
+    remove_if_dead(str(root), str(root / "other-n0"))
+    assert not list(root.iterdir())
+    remove_if_dead(str(root), str(root / "other-n0"))
 
 
 def test_living_neighbour_is_left_alone(root: Path, owner: subprocess.Popen[bytes]) -> None:

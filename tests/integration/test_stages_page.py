@@ -16,7 +16,9 @@ LINES_FOR_TWO_STAGES = 30
 pytestmark = pytest.mark.timeout(240)
 
 
-def page_run(tmp_path: Path, recipe: str, *overrides: str) -> list[dict[str, float]]:
+def page_run(
+    tmp_path: Path, recipe: str, *overrides: str, score: str = "0.5 + len(solution_str) % 3"
+) -> list[dict[str, float]]:
     """The metrics of three updates of the page's recipe of that name, with its files and a `mine.yaml` beside it."""
     page = (ROOT / "docs" / "stages.md").read_text()
     for language, text in re.findall(r"```(python|yaml)\n(.*?)```", page, flags=re.DOTALL):
@@ -26,7 +28,7 @@ def page_run(tmp_path: Path, recipe: str, *overrides: str) -> list[dict[str, flo
     rows = [{"prompt": f"{a}+{a}=", "data_source": "s", "reward_model": {"ground_truth": str(a)}} for a in range(10)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "my.py").write_text(
-        "def score(data_source, solution_str, ground_truth, extra_info=None):\n    return 0.5 + len(solution_str) % 3\n"
+        f"def score(data_source, solution_str, ground_truth, extra_info=None):\n    return {score}\n"
     )
     (tmp_path / "mine.yaml").write_text(
         textwrap.dedent(f"""
@@ -49,12 +51,12 @@ def page_run(tmp_path: Path, recipe: str, *overrides: str) -> list[dict[str, flo
 
 @pytest.mark.slow
 def test_the_pages_stages_run_as_written(tmp_path: Path) -> None:
-    updates = page_run(tmp_path, "brief.yaml", "stages.brevity.settings.weight=1000")
+    updates = page_run(tmp_path, "brief.yaml", score="0.5")
     assert len((tmp_path / "my_stages.py").read_text().splitlines()) < LINES_FOR_TWO_STAGES
     assert len(updates) == 3
-    # Rewards are at most 2.5: what differs within a group by hundreds is brevity, for each token of at most 6.
+    # The reward is one for all, so what differs within a group is brevity alone: 0.01 for each token of at most 6.
     widest = max(line["critic/advantages/max"] - line["critic/advantages/min"] for line in updates)
-    assert 500 < widest <= 1000 * 6 + 2.5
+    assert 0 < widest <= 0.01 * 6 + 1e-6
 
 
 @pytest.mark.slow

@@ -59,6 +59,8 @@ def test_only_a_controller_that_its_torchrun_has_started_before_is_started_again
     note_launcher(run, controller(0))
     assert is_started_again(run, controller(0)), "though torchrun has not counted it"
     assert not is_started_again(run, controller(1)), "it is the first time that this one is started"
+    assert not is_started_again(run, controller(1, restart=1)), "a refused start is counted too"
+    note_launcher(run, controller(1))
     assert is_started_again(run, controller(1, restart=1))
     note_launcher(run, Topology())
     assert not is_started_again(run, Topology()), "without torchrun a run goes on only when it is told to"
@@ -79,6 +81,22 @@ def test_versions_on_disk_of_another_run_of_the_name_are_not_written_among(tmp_p
         run_directory.create(recipe(tmp_path, *disk), 0)
     assert not (tmp_path / "x").exists()
     run_directory.create(recipe(tmp_path, *disk), 1)  # node 0 may have begun to publish
+
+
+def test_who_repeats_a_run_by_disk_hears_of_the_run_and_not_of_its_versions(tmp_path: Path) -> None:
+    disk = (f"weights.dir={tmp_path}/weights", "weights.transport=disk")
+    run_directory.create(recipe(tmp_path, *disk), 0)
+    (tmp_path / "weights" / "x" / "v00000007").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"holds a run already, .* go on with it by --resume"):
+        run_directory.create(recipe(tmp_path, *disk), 0)
+
+
+def test_a_resumed_run_that_turns_to_a_disk_does_not_write_among_a_namesakes_versions(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    disk = (f"weights.dir={tmp_path}/weights", "weights.transport=disk")
+    (tmp_path / "weights" / "x" / "v00000007").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"^weights\.dir: .* holds versions of another run"):
+        next_life(recipe(tmp_path, *disk), run, 0)
 
 
 def test_metrics_keep_only_the_updates_that_count(tmp_path: Path) -> None:
@@ -121,7 +139,6 @@ def test_a_run_goes_on_by_itself_only_under_the_torchrun_that_began_it(tmp_path:
     assert (run / "launchers").read_text() == "host 7 100\n"
     assert is_started_again(run, ours), "though torchrun has not counted it"
     assert not is_started_again(run, another)
-    assert is_started_again(run, Topology(launcher="host 8 1", restart=1))
     assert not is_started_again(run, Topology()), "without torchrun"
 
 

@@ -7,8 +7,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from flowrl.config import load, to_yaml
 from flowrl.sweep.axes import Point, grid, parse_axes
 from flowrl.sweep.directory import Outcome, Plan, State, SweepDirectory
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def plan_of(*axes: str, rest: str = "rest") -> Plan:
@@ -72,6 +75,18 @@ def test_what_a_point_left_is_set_aside_never_deleted(tmp_path: Path) -> None:
         assert not directory.run_of(point).exists()
     kept = sorted((tmp_path / "abandoned").iterdir())
     assert [(path / "life").read_text() for path in kept] == ["0", "1"]
+
+
+def test_versions_that_a_point_left_on_a_disk_make_room_too(tmp_path: Path) -> None:
+    directory, point = SweepDirectory(tmp_path), Point(name="p", settings=())
+    directory.run_of(point).mkdir(parents=True)
+    disk = [f"weights.dir={tmp_path}/weights", "weights.transport=disk", "run.name=p"]
+    (directory.run_of(point) / "recipe.yaml").write_text(to_yaml(load(ROOT / "recipes" / "quickstart.yaml", disk)))
+    (tmp_path / "weights" / "p" / "v00000003").mkdir(parents=True)
+    directory.set_aside(point)
+    directory.set_aside(point)
+    (kept,) = (tmp_path / "weights").iterdir()
+    assert kept.name.startswith("p.abandoned") and (kept / "v00000003").is_dir()
 
 
 def test_a_nodes_old_part_is_set_aside_and_a_new_run_on_a_shared_disk_is_not(tmp_path: Path) -> None:

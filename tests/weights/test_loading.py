@@ -142,6 +142,8 @@ def check(path: Path, scratch: Path, starts_anew: bool = True) -> None:
 
 @pytest.mark.parametrize("starts_anew", [True, False])
 def test_first_sync_passes_and_leaves_nothing(starts_anew: bool, lively_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()  # an engine that was killed in its own check
+    (tmp_path / "scratch" / "model.safetensors").touch()
     check(lively_dir, tmp_path / "scratch", starts_anew)
     assert not (tmp_path / "scratch").exists()
 

@@ -12,10 +12,12 @@ import msgspec
 import numpy as np
 import pytest
 import zmq
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flowrl.weights import relay as relay_module
 from flowrl.weights import transfer as transfer_module
-from flowrl.weights.delta import Encoding, decode, digest, encode
+from flowrl.weights.delta import Encoding, decode, digest, encode, goes_whole
 from flowrl.weights.pool import BufferPool
 from flowrl.weights.relay import Relay
 from flowrl.weights.relay_wire import NO_BASE, Given, Opened
@@ -230,19 +232,23 @@ def test_nodes_that_write_parts_complete_each_other(tmp_path: Path) -> None:
             assert {node.read(version) for node in nodes} == {data.tobytes()}
 
 
-def slow_to_encode(monkeypatch: pytest.MonkeyPatch, is_whole: bool) -> None:
-    """As over a slow link, where whole slices take long; or over a fast one, where comparing does."""
+def set_times(monkeypatch: pytest.MonkeyPatch, whole_s: float, changes_s: float) -> None:
+    """What transfers are found to take, however busy this machine is."""
+    monkeypatch.setattr(Transfer, "seconds", lambda self: changes_s if self.has_base else whole_s)
 
-    def slow(new: np.ndarray, base: np.ndarray | None) -> object:
-        if (base is None) == is_whole:
-            time.sleep(0.02)
-        return encode(new, base)
 
-    monkeypatch.setattr(relay_module, "encode_slice", slow)
+@given(st.integers(2, 30), st.floats(0.01, 9.0), st.floats(0.01, 9.0))
+def test_of_so_many_transfers_one_is_whole_and_one_by_changes_and_the_others_as_is_faster(
+    anchor_every: int, whole_s: float, changes_s: float
+) -> None:
+    ways = [goes_whole(turn, anchor_every, whole_s, changes_s) for turn in range(anchor_every)]
+    assert ways[:2] == [True, False]
+    assert ways[2:] == [whole_s < changes_s] * (anchor_every - 2)
+    assert goes_whole(anchor_every, anchor_every, whole_s, changes_s)
 
 
 def test_changes_are_few_bytes_and_anchors_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow_to_encode(monkeypatch, is_whole=True)
+    set_times(monkeypatch, whole_s=2.0, changes_s=1.0)
     with cluster(tmp_path, WHOLE, 3, anchor_every=3) as nodes:
         data, sent = random_bytes(), []
         for version in range(7):
@@ -259,7 +265,7 @@ def test_changes_are_few_bytes_and_anchors_are_whole(tmp_path: Path, monkeypatch
 def test_versions_go_whole_where_comparing_takes_longer_and_changes_are_tried_now_and_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow_to_encode(monkeypatch, is_whole=False)
+    set_times(monkeypatch, whole_s=1.0, changes_s=2.0)
     with cluster(tmp_path, WHOLE, 3, anchor_every=4) as nodes:
         data, sent = random_bytes(), []
         for version in range(7):
