@@ -247,9 +247,9 @@ def test_of_so_many_transfers_one_is_whole_and_one_by_changes_and_the_others_as_
     assert goes_whole(anchor_every, anchor_every, whole_s, changes_s)
 
 
-def test_changes_are_few_bytes_and_anchors_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    set_times(monkeypatch, whole_s=2.0, changes_s=1.0)
-    with cluster(tmp_path, WHOLE, 3, anchor_every=3) as nodes:
+def bytes_sent(root: Path, anchor_every: int) -> list[int]:
+    """By one node for two others, for each of seven versions, of which each differs a little from the one before."""
+    with cluster(root, WHOLE, 3, anchor_every=anchor_every) as nodes:
         data, sent = random_bytes(), []
         for version in range(7):
             before = nodes[0].relay.sent_bytes
@@ -258,24 +258,22 @@ def test_changes_are_few_bytes_and_anchors_are_whole(tmp_path: Path, monkeypatch
             sent.append(nodes[0].relay.sent_bytes - before)
             assert {node.read(version) for node in nodes} == {data.tobytes()}
             data = slightly_changed(data)
-        assert [count == NUM_BYTES for count in sent] == [True, False, False, True, False, False, True]
-        assert max(sent[index] for index in (1, 2, 4, 5)) < NUM_BYTES // 20
+        return sent
+
+
+def test_changes_are_few_bytes_and_anchors_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_times(monkeypatch, whole_s=2.0, changes_s=1.0)
+    sent = bytes_sent(tmp_path, anchor_every=3)
+    assert [count == NUM_BYTES for count in sent] == [True, False, False, True, False, False, True]
+    assert max(sent[index] for index in (1, 2, 4, 5)) < NUM_BYTES // 20
 
 
 def test_versions_go_whole_where_comparing_takes_longer_and_changes_are_tried_now_and_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_times(monkeypatch, whole_s=1.0, changes_s=2.0)
-    with cluster(tmp_path, WHOLE, 3, anchor_every=4) as nodes:
-        data, sent = random_bytes(), []
-        for version in range(7):
-            before = nodes[0].relay.sent_bytes
-            publish(nodes, version, data)
-            wait_for(nodes[1:], version)
-            sent.append(nodes[0].relay.sent_bytes - before)
-            assert {node.read(version) for node in nodes} == {data.tobytes()}
-            data = slightly_changed(data)
-        assert [count == NUM_BYTES for count in sent] == [True, False, True, True, True, False, True]
+    sent = bytes_sent(tmp_path, anchor_every=4)
+    assert [count == NUM_BYTES for count in sent] == [True, False, True, True, True, False, True]
 
 
 def test_unchanged_version_costs_no_payload(tmp_path: Path) -> None:
