@@ -15,12 +15,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 _IN_ORDER = "0\n"
 """The controller has cleaned up by itself."""
 OWNER_FILE = "owner"
 """In a session directory: locked by the controller that it belongs to, as long as that lives."""
+DYING_S = 5.0
 
 
 class Reaper:
@@ -63,25 +65,31 @@ def main(session_dir: str) -> None:
         except ProcessLookupError:
             continue
     root = os.path.dirname(session_dir)
+    # A dying controller's pipe may be closed before its lock is free.
+    until = time.monotonic() + DYING_S
     with contextlib.suppress(FileNotFoundError):
-        remove_if_dead(root, session_dir)
+        while not remove_if_dead(root, session_dir) and time.monotonic() < until:
+            time.sleep(0.02)
     if root == f"/dev/shm/flowrl-{os.getuid()}":
         with contextlib.suppress(OSError):  # other sessions are in it
             os.rmdir(root)
 
 
-def remove_if_dead(root: str, session_dir: str) -> None:
-    """Under the lock that whoever makes or removes session directories holds."""
+def remove_if_dead(root: str, session_dir: str) -> bool:
+    """Under the lock that whoever makes or removes session directories holds. False if the owner lives."""
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        with contextlib.suppress(BlockingIOError), contextlib.ExitStack() as opened:
+        with contextlib.ExitStack() as opened:
             with contextlib.suppress(FileNotFoundError):
                 owner = opened.enter_context(open(os.path.join(session_dir, OWNER_FILE)))
                 fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(session_dir, ignore_errors=True)
+    except BlockingIOError:
+        return False
     finally:
         os.close(descriptor)
+    return True
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ _TAIL_LINES = 12
 _AT_WORK = Heartbeat("", 0.0)
 _DUMP_S = 0.3
 """What a silent worker gets to write its stacks to the log before it is killed."""
+_DOUBT_S = 0.5
+"""From finding a worker silent to believing it: if the controller itself stood still, words may be on their way."""
 
 
 class WorkerState(enum.Enum):
@@ -87,6 +89,7 @@ class _Member:
     restart_at: float = math.inf
     started_at: float = 0.0
     heard_at: float = 0.0
+    doubted_until: float = 0.0
     heartbeat: Heartbeat = _AT_WORK
     is_stalled: bool = False
     failure: str = ""
@@ -151,6 +154,7 @@ class Supervisor:
     def heard(self, name: str, heartbeat: Heartbeat | None = None) -> None:
         member = self._members[name]
         member.heard_at = time.monotonic()
+        member.doubted_until = 0.0
         member.heartbeat = heartbeat or member.heartbeat
         was_stalled, member.is_stalled = member.is_stalled, member.heartbeat.since_s > self._limits.stall_s
         if member.is_stalled and not was_stalled and member.process is not None:
@@ -244,6 +248,8 @@ class Supervisor:
         for member in self._members.values():
             if member.restart_at <= now:
                 self._start(member)
+            elif self._silent_at(member) <= now and not member.doubted_until:
+                member.doubted_until = now + _DOUBT_S
             elif self._silent_at(member) <= now:
                 self._give_up_on_silent(member, now)
             while member.process is not None and member.signals and member.signals[0][0] <= now:
@@ -254,6 +260,7 @@ class Supervisor:
         member.restart_at = math.inf
         member.started_at = time.monotonic()
         member.heard_at = 0.0
+        member.doubted_until = 0.0
         member.heartbeat = _AT_WORK
         member.failure = ""
         member.is_finished = False
@@ -297,8 +304,8 @@ class Supervisor:
         if member.process is None or member.signals:
             return math.inf
         if member.heard_at == 0:
-            return member.started_at + self._limits.start_s
-        return member.heard_at + self._limits.heartbeat_s
+            return max(member.started_at + self._limits.start_s, member.doubted_until)
+        return max(member.heard_at + self._limits.heartbeat_s, member.doubted_until)
 
     def _due(self, member: _Member) -> float:
         first_signal = member.signals[0][0] if member.process is not None and member.signals else math.inf

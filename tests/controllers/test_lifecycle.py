@@ -58,13 +58,13 @@ def test_directory_is_private_and_gone_at_the_end(root: Path) -> None:
 
 
 def test_a_late_reaper_leaves_alone_what_its_successor_has_made(root: Path, owner: subprocess.Popen[bytes]) -> None:
-    remove_if_dead(str(root), str(root / "other-n0"))
+    assert not remove_if_dead(str(root), str(root / "other-n0"))
     assert (root / "other-n0" / "owner").exists()
     owner.kill()
     owner.wait()
-    remove_if_dead(str(root), str(root / "other-n0"))
+    assert remove_if_dead(str(root), str(root / "other-n0"))
     assert not list(root.iterdir())
-    remove_if_dead(str(root), str(root / "other-n0"))
+    assert remove_if_dead(str(root), str(root / "other-n0")), "it is gone already"
 
 
 def test_living_neighbour_is_left_alone(root: Path, owner: subprocess.Popen[bytes]) -> None:
