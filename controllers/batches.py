@@ -8,7 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from controllers.context import WorkerContext
-from controllers.executor import make_executor, refuse_other_columns
+from controllers.executor import make_executor, refuse_unfit_columns
 from controllers.stage import Stage
 from transfer_queue.rows import Rows
 
@@ -38,8 +38,8 @@ class HostedStages:
             read = {name: known[name] for name in (*stage.reads, *stage.optional) if name in known}
             with self._context.waiting_for(f"{stage.name}.process to return, with a batch of {len(batch)} rows"):
                 try:
-                    columns = executor.process(Rows(batch.keys, read))
-                    refuse_other_columns(stage, set(columns))
+                    columns = executor.process(Rows(batch.keys, read)) or {}
+                    refuse_unfit_columns(stage, columns)
                     written = Rows(batch.keys, {**written.columns, **columns})
                 except Exception as error:
                     raise RuntimeError(f"stage {stage.name!r}: {error!r}") from error

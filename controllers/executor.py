@@ -6,7 +6,7 @@ An executor is a class that a stage's `run` names:
         max_rows: int                                                # optional: the most rows of a call, 64 if not said
         concurrency: int                                             # optional: calls at once, 1 if not said
         def __init__(self, context: WorkerContext, settings: Mapping[str, Any]) -> None: ...
-        def process(self, rows: Rows) -> Mapping[str, Column]: ...   # the stage's columns, a row for each row
+        def process(self, rows: Rows) -> Mapping[str, Column]: ...   # the stage's columns, a row for each row; or None
         def close(self) -> None: ...                                 # optional
 
 `process` is called from the stage's own threads, `concurrency` of them side by side, and again with the same rows if
@@ -17,7 +17,7 @@ are none of this file's business; `batches.py` runs the stages that they host.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -29,7 +29,7 @@ from controllers.idle import IdleAccount
 from controllers.stage import Stage
 from transfer_queue.client import QueueClient
 from transfer_queue.errors import DuplicateRow
-from transfer_queue.rows import RowKey, Rows
+from transfer_queue.rows import Column, RowKey, Rows
 
 _MAX_ROWS = 64
 # How long a take may be parked in the queue, which is also how long a stop may have to wait for it.
@@ -84,8 +84,8 @@ def _run_stage(context: WorkerContext, stage: Stage, executor: Any) -> None:
                 rows = queue.take(stage.name, max_rows=max_rows, wait_s=_WAIT_S, done=done).rows
             if len(rows):
                 with context.waiting_for(f"{stage.name}.process to return, with {len(rows)} rows"):
-                    columns = executor.process(rows)
-                refuse_other_columns(stage, set(columns))
+                    columns = executor.process(rows) or {}
+                refuse_unfit_columns(stage, columns)
                 if columns:
                     _put(queue, Rows(rows.keys, columns))
             done = rows.keys
@@ -105,7 +105,17 @@ def _put(queue: QueueClient, rows: Rows) -> None:
                 queue.put(row.keys, row.columns)
 
 
-def refuse_other_columns(stage: Stage, written: set[str]) -> None:
-    """A column that is missing would be waited for forever."""
-    if written != set(stage.writes):
-        raise ValueError(f"stages.{stage.name}.writes: {sorted(stage.writes)}, but process gave {sorted(written)}")
+def refuse_unfit_columns(stage: Stage, written: Mapping[str, Column]) -> None:
+    """A column that is missing would be waited for forever, and one of another form be taken for something else."""
+    field = f"stages.{stage.name}.writes"
+    if not isinstance(written, Mapping) or set(written) != set(stage.writes):
+        given = (
+            sorted(written) if isinstance(written, Mapping) else f"a {type(written).__name__}, no mapping of columns"
+        )
+        raise ValueError(f"{field}: {sorted(stage.writes)}, but process gave {given}")
+    for name, column in written.items():
+        if not isinstance(column, Column):
+            raise ValueError(f"{field}: {name!r} is a {type(column).__name__}; must be a Column of transfer_queue.rows")
+        if name in stage.one_value and (column.lengths != 1).any():
+            counts = sorted(set(column.lengths.tolist()))
+            raise ValueError(f"{field}: {name!r} has {counts} values in a row; must have one in each")

@@ -30,8 +30,9 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """reads, writes: columns. `optional` columns are delivered if they are there and never waited for.
-    `after`: stages that must have ended before this one starts. Stages with one `worker` name share a process."""
+    """reads, writes: columns; one_value: those written of which every row must have one value. `optional` columns are
+    delivered if they are there and never waited for. `after`: stages that must have ended before this one starts.
+    Stages with one `worker` name share a process."""
 
     name: str
     run: str
@@ -40,6 +41,7 @@ class Stage:
     reads: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    one_value: tuple[str, ...] = ()
     partition: str = "train"
     pool: str = "cpu"
     worker: str = ""

@@ -19,6 +19,7 @@ from controllers.placement import HOST_DEVICE, Pool, WorkerPlan, plan, sharing
 from controllers.settings import EXECUTOR_TARGET, ControllerSettings, QueueSettings, WorkerSettings
 from controllers.stage import Kind, Stage, Unit
 from controllers.supervisor import Limits
+from flowrl.columns import COLUMNS
 from flowrl.config import PoolConfig, Recipe, to_yaml
 from flowrl.config.recipe import (
     ROLLOUT,
@@ -72,6 +73,10 @@ class Pipeline:
 def build(recipe: Recipe, num_nodes: int) -> Pipeline:
     """Raises ValueError for a graph or a placement that cannot be."""
     graph = Graph.of(stages(recipe))
+    known = {pool.name for pool in pools(recipe)}
+    for name in recipe.producers:
+        if graph.stage(name).pool not in known:
+            raise ValueError(f"producers.{name}.pool: {graph.stage(name).pool!r}; the pools are {sorted(known)}")
     workers = plan(graph, pools(recipe), num_nodes)
     route = Route.of(workers, recipe)
     if recipe.weights.transport == "shared_memory" and route.needs_relays:
@@ -123,6 +128,7 @@ def stages(recipe: Recipe) -> list[Stage]:
             reads=tuple(given.reads),
             optional=tuple(given.optional),
             writes=tuple(given.writes),
+            one_value=tuple(name for name in given.writes if name in COLUMNS and COLUMNS[name].per == "row"),
             pool="train" if is_hosted else given.pool,
             worker="train" if is_hosted else worker,
             settings=given.settings,

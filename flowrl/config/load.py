@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import typing
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(_readable(error)) from error
     assert isinstance(recipe, Recipe)
     _refuse_missing_paths(recipe)
+    _refuse_endless_responses(recipe)
     refuse_missing_code(recipe)
     return recipe
 
@@ -120,6 +123,22 @@ def _refuse_missing_paths(recipe: Recipe) -> None:
     for name, value in paths.items():
         if value is not None and not Path(value).exists():
             raise ValueError(f"{name}: {value!r}; no such file or directory")
+
+
+def _refuse_endless_responses(recipe: Recipe) -> None:
+    """A response and its prompt must fit into what the model takes, as far as that is written down."""
+    config = Path(recipe.model.path) / "config.json"
+    context: Any = None
+    if config.is_file():
+        with suppress(ValueError):  # whoever loads the model says what is wrong with it
+            context = json.loads(config.read_bytes()).get("max_position_embeddings")
+    else:
+        context = recipe.model.init.max_tokens if recipe.model.init is not None else None
+    if isinstance(context, int) and recipe.rollout.max_tokens >= context:
+        raise ValueError(
+            f"rollout.max_tokens: {recipe.rollout.max_tokens}; the model takes {context} tokens, of prompt and response "
+            f"together ({config if config.is_file() else 'model.init.max_tokens'})"
+        )
 
 
 def _readable(error: OmegaConfBaseException) -> str:

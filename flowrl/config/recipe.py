@@ -64,7 +64,6 @@ class Recipe:
         check_reward_of_episodes(self)
         refuse_incomplete_shares(self)
         refuse_readers_without_files(self)
-        refuse_unsuitable_producers(self)
         if self.run.determinism == "strict":
             refuse_what_is_not_deterministic(self)
         if self.network.interface != "lo" and not self.network.trusted:
@@ -72,6 +71,7 @@ class Recipe:
                 "network.trusted: false; torch RPC has no secret and unpickles, so a run on network.interface="
                 f"{self.network.interface} is refused unless you say that the network is closed"
             )
+        refuse_unsuitable_producers(self)
 
     def producer(self, name: str) -> Recipe:
         """As the rollout stage of that name has it: `rollout` is what it says, and it knows of no other."""
@@ -99,7 +99,8 @@ def refuse_unsuitable_producers(recipe: Recipe) -> None:
         try:
             urls = recipe.producer(name).rollout.urls
         except ValueError as error:
-            raise ValueError(f"producers.{name}: {error}") from error
+            where = "." if str(error).startswith("rollout.") else ": "
+            raise ValueError(f"producers.{name}{where}{str(error).removeprefix('rollout.')}") from error
         if shared := sorted(set(servers).intersection(urls)):
             raise ValueError(f"producers.{name}.urls: {shared}; another rollout stage has these servers")
         servers += urls

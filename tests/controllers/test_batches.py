@@ -21,9 +21,13 @@ class Executor:
     def __init__(self, context: Any, settings: Mapping[str, Any]) -> None:
         self.settings = settings
 
-    def process(self, rows: Rows) -> dict[str, Column]:
+    def process(self, rows: Rows) -> Any:
         if "error" in self.settings:
             raise ArithmeticError(self.settings["error"])
+        if "ragged" in self.settings:
+            return {"twice": Column.ragged(self.settings["ragged"], "float32")}
+        if "result" in self.settings:
+            return self.settings["result"]
         total = sum(column.values for column in rows.columns.values())
         return {name: Column.scalars(total * 2, "float32") for name in self.settings["gives"]}
 
@@ -41,7 +45,7 @@ def stage(name: str, reads: str, writes: str, **settings: Any) -> Stage:
     settings.setdefault("gives", writes.split())
     return Stage(
         name=name, run=f"{__name__}:Executor", unit=Unit.BATCH, reads=tuple(reads.split()),
-        writes=tuple(writes.split()), settings=settings,
+        writes=tuple(writes.split()), one_value=tuple(writes.split()), settings=settings,
     )  # fmt: skip
 
 
@@ -59,7 +63,17 @@ def test_ranks_beside_the_first_know_of_them_and_make_none() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"error": "no"}, r"stage 'double': ArithmeticError\('no'\)"), ({"gives": ["other"]}, r"stage 'double': .*gave")],
+    [
+        ({"error": "no"}, r"stage 'double': ArithmeticError\('no'\)"),
+        ({"gives": ["other"]}, r"stage 'double': .*stages\.double\.writes: \['twice'\], but process gave \['other'\]"),
+        ({"result": None}, r"stages\.double\.writes: \['twice'\], but process gave \[\]"),
+        ({"result": [1]}, r"stages\.double\.writes: \['twice'\], but process gave a list, no mapping of columns"),
+        ({"result": {"twice": [1, 2, 3]}}, r"stages\.double\.writes: 'twice' is a list; must be a Column"),
+        (
+            {"ragged": [[1], [], [2, 3]]},
+            r"stages\.double\.writes: 'twice' has \[0, 1, 2\] values in a row; must have one in each",
+        ),
+    ],
 )
 def test_one_that_fails_or_gives_other_columns_is_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
