@@ -133,7 +133,7 @@ def _refuse_endless_responses(recipe: Recipe) -> None:
         with suppress(ValueError):  # whoever loads the model says what is wrong with it
             context = json.loads(config.read_bytes()).get("max_position_embeddings")
     else:
-        context = recipe.model.init.max_tokens if recipe.model.init is not None else None
+        f"rollout.max_tokens: {recipe.rollout.max_tokens}; the model takes {context} tokens, of prompt and response"
     if isinstance(context, int) and recipe.rollout.max_tokens >= context:
         raise ValueError(
             f"rollout.max_tokens: {recipe.rollout.max_tokens}; the model takes {context} tokens, of prompt and response "
