@@ -133,11 +133,11 @@ def _refuse_endless_responses(recipe: Recipe) -> None:
         with suppress(ValueError):  # whoever loads the model says what is wrong with it
             context = json.loads(config.read_bytes()).get("max_position_embeddings")
     else:
-        f"rollout.max_tokens: {recipe.rollout.max_tokens}; the model takes {context} tokens, of prompt and response"
+        context = recipe.model.init.max_tokens if recipe.model.init is not None else None
     if isinstance(context, int) and recipe.rollout.max_tokens >= context:
         raise ValueError(
-            f"rollout.max_tokens: {recipe.rollout.max_tokens}; the model takes {context} tokens, of prompt and response "
-            f"together ({config if config.is_file() else 'model.init.max_tokens'})"
+            f"rollout.max_tokens: {recipe.rollout.max_tokens}; the model takes {context} tokens, of prompt and response"
+            f" together ({config if config.is_file() else 'model.init.max_tokens'})"
         )
 
 
