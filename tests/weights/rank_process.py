@@ -121,6 +121,8 @@ def killed_case(rank: int, size: int, model_dir: Path, out: Path) -> None:
         publisher.publish(1)
     except RuntimeError as error:
         (out / f"error-{rank}").write_text(str(error))
+    finally:
+        publisher.close()  # its threads must not meet the interpreter's end
 
 
 def differing_case(rank: int, size: int, model_dir: Path, out: Path) -> None:
