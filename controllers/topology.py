@@ -10,6 +10,7 @@ import os
 import re
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,11 +93,13 @@ def _launcher() -> str:
     """The torchrun above this process, or the process right above: where it runs, its id, and when it began, in ticks
     since the machine did."""
     ancestor = nearest = os.getppid()
-    while ancestor > 1:
-        if b"torchrun" in (line := Path(f"/proc/{ancestor}/cmdline").read_bytes()) or b"torch.distributed.run" in line:
-            nearest = ancestor
-            break
-        ancestor = int(_stat(ancestor)[1])
+    with suppress(OSError):  # others' processes may be hidden
+        while ancestor > 1:
+            line = Path(f"/proc/{ancestor}/cmdline").read_bytes()
+            if b"torchrun" in line or b"torch.distributed.run" in line:
+                nearest = ancestor
+                break
+            ancestor = int(_stat(ancestor)[1])
     return f"{socket.gethostname()} {nearest} {_stat(nearest)[19]}"
 
 
