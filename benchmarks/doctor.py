@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import re
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
+from soak import size_of
 
 if TYPE_CHECKING:
     from flowrl.doctor.estimate import Need
@@ -87,7 +87,7 @@ def run(recipe: str, overrides: list[str], sessions: Path) -> tuple[Amounts, int
         while process.poll() is None:
             for name, resident in residents(process.pid):
                 most[name] = max(most[name], resident)
-            most["shared memory"] = max(most["shared memory"], held_in(sessions))
+            most["shared memory"] = max(most["shared memory"], size_of(sessions) / 2**20)
             time.sleep(EVERY_S)
     return most, process.returncode
 
@@ -112,16 +112,6 @@ def name_of(line: str) -> str:
 def resident_mb(pid: int) -> float:
     found = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(encoding="ascii"))
     return int(found[1]) / 2**10 if found else 0.0
-
-
-def held_in(directory: Path) -> float:
-    """MiB of blocks, of files that may go meanwhile."""
-    held = 0
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            with contextlib.suppress(OSError):
-                held += os.lstat(os.path.join(folder, name)).st_blocks * 512
-    return held / 2**20
 
 
 def on_disk(run: Path, updates: int) -> Amounts:
