@@ -10,6 +10,8 @@ import argparse
 import difflib
 import importlib
 import importlib.util
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,10 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_intermixed_args(given[1:])
     try:
         refuse_foreign_packages()
-        return command.run(parsed)
+        code = command.run(parsed)
+        sys.stdout.flush()
+        return code
     except ValueError as error:
         print(f"flowrl: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def _without_command(given: Sequence[str]) -> int:

@@ -94,3 +94,14 @@ def test_graph_says_who_shares_devices() -> None:
     assert done.returncode == 0, done.stderr
     assert "rollout and train: colocated" in done.stdout
     assert "  node 1: rollout.1.0 and train.1.0 take turns at cpu:0" in done.stdout
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "flowrl", "graph", QUICKSTART], stdout=writer, stderr=subprocess.PIPE, text=True,
+        timeout=60, cwd=ROOT, check=False,
+    )  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
