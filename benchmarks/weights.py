@@ -13,9 +13,9 @@ by one ZeroMQ message. For each size and number of engines, in the same processe
   directory  (b) every tensor gathered to rank 0, cast, saved as a checkpoint directory, loaded by the engines from it
   bound      (c) the version's bytes once, copied by one thread from memory to memory
 
-pause: how long `publish` takes on the slower rank, beside one cast-and-copy of that rank's shard into memory that is
-warm, on both ranks at once. Medians over the rounds after five that warm up, in which engines come to know all buffers
-(after one, of the two slow ways).
+pause: how long the slower rank cannot train (`Publisher.begin`), beside one cast-and-copy of that rank's shard into
+memory that is warm, on both ranks at once. Medians over the rounds after five that warm up, in which engines come to
+know all buffers (after one, of the two slow ways).
 """
 
 from __future__ import annotations

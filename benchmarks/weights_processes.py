@@ -74,7 +74,7 @@ def publish_rounds(rank: int, world: Any, work: Path, engines: int, rounds: int)
             found["cast"].append(timed(lambda: cast(shards, warm)))
             dist.barrier()
             found[name].append(time.monotonic())
-            publisher.publish(version)
+            publisher.begin(version)
             found[pause].append(time.monotonic() - found[name][-1])
             time.sleep(0.05 + publisher.num_bytes / 1e9)  # the engines load meanwhile, on the same cores
             wait_for(work, version, engines)

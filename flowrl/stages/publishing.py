@@ -72,8 +72,10 @@ class Publishing:
             WeightStore(self._root, self._recipe.weights.buffers).discard_newer_than(version - 1)
 
     def publish(self, version: int, events: EventLog) -> None:
-        """On every rank. Makes the version visible to this node's engines, to its relay, or to all; if readers hold up
-        all buffers, that comes later, and training goes on."""
+        """On every rank. Makes the version visible to this node's engines, to its relay, or to all: in the background,
+        once all ranks have cast their shards, or later if readers hold up all buffers. Raises what went wrong with the
+        version before; `check` tells it earlier."""
+        self.finish()
         self._events = events
         if not self._is_adapter:
             self._policy.refresh_published()
@@ -81,10 +83,19 @@ class Publishing:
         if self.shelf is not None and is_evaluated(self._recipe, version):
             self.shelf.publish(version, pin=pin)
         is_whole = self.shelf is None and (len(self._route.trainer) == 1 or not self._has_relays)
-        self.publisher.publish(version, pin=pin if is_whole else "")
+        self.publisher.begin(version, pin=pin if is_whole else "")
         if not self._has_published and self._context.rank == 0 and self._has_relays:
             self._context.announce(HOLDINGS_TOPIC, msgspec.to_builtins(self.publisher.holdings(self._route.trainer)))
         self._has_published = True
+
+    def finish(self) -> None:
+        """The version published last is there, or waits for readers alone. Raises what went wrong with it."""
+        with self._context.waiting_for("the other ranks to have written their part of the newest version"):
+            self.publisher.finish()
+
+    def check(self) -> None:
+        """Raises what went wrong with the version published last, if that is known."""
+        self.publisher.check()
 
     def whole(self) -> Publisher:
         """On every rank: of models that depend on nothing else, as they are now. Makes no versions."""

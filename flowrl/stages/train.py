@@ -266,6 +266,7 @@ class TrainStage:
         started = time.monotonic()
         with self.context.waiting_for(f"rows for update {update}"):
             while True:
+                self.publishing.check()  # rows would wait for a version that never comes
                 taken = queue.take(
                     "train",
                     max_rows=self.max_rows,
@@ -311,6 +312,7 @@ class TrainStage:
 
     def finish(self, rl_s: float) -> None:
         """Leaves the trained model as a Hugging Face directory, and says that training is over."""
+        self.publishing.finish()
         self.publishing.export(self.context.run_dir / "model")
         if self.context.rank:
             return

@@ -2,7 +2,7 @@
 
 Fresh pages cost more than what is written to them, so files are kept and reused; but never while somebody could read
 them. That is the kernel's to say: it grants a write lease on a file only if nobody else has it open or mapped, and all
-ranks of a node write through one open file, passed on to them over a socket.
+ranks of a node write through one open file, passed on to them over a socket (`lending.py`).
 """
 
 from __future__ import annotations
@@ -13,18 +13,12 @@ import mmap
 import os
 import shutil
 import signal
-import socket
-from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
-from flowrl.weights.mappings import short_path
-
-_NO_BUFFER = -1
-_MESSAGE_BYTES = 1 << 14
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE: faults the pages in, all at once
 
 
@@ -147,80 +141,3 @@ def link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         os.symlink(source, target)
-
-
-class Lent(NamedTuple):
-    """A buffer to write the next version to. live: the keys of all there are. file: None if it has been lent before."""
-
-    key: int
-    live: Sequence[int]
-    file: torch.Tensor | None
-
-
-class Lender:
-    """Hands buffers to the other ranks of the node, `num_peers` of them, through a socket in `root`."""
-
-    def __init__(self, root: Path, num_peers: int, timeout_s: float) -> None:
-        self._peers: list[socket.socket] = []
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.settimeout(timeout_s)
-        self._num_peers = num_peers
-        self._timeout_s = timeout_s
-        self._lent: set[int] = set()
-        self._path = root / ".buffers"
-        self._path.unlink(missing_ok=True)
-        with short_path(root, ".buffers") as address:
-            self._listener.bind(address)
-        self._listener.listen(num_peers)
-
-    def send(self, key: int, live: Sequence[int], fd: int) -> None:
-        """Raises TimeoutError if a rank does not come for it."""
-        fds = [] if key in self._lent else [fd]
-        self._send([key, *live], fds)
-        self._lent = {key, *self._lent.intersection(live)}
-
-    def refuse(self) -> None:
-        """There is no buffer for this version."""
-        self._send([_NO_BUFFER], [])
-
-    def _send(self, numbers: Sequence[int], fds: list[int]) -> None:
-        while len(self._peers) < self._num_peers:
-            peer, _ = self._listener.accept()
-            peer.settimeout(self._timeout_s)
-            self._peers.append(peer)
-        for peer in self._peers:
-            socket.send_fds(peer, [array("q", numbers).tobytes()], fds)
-
-    def close(self) -> None:
-        for opened in (*self._peers, self._listener):
-            opened.close()
-        self._path.unlink(missing_ok=True)
-
-
-class Borrower:
-    """The other end."""
-
-    def __init__(self, root: Path, timeout_s: float) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.settimeout(timeout_s)
-        with short_path(root, ".buffers") as address:
-            self._socket.connect(address)
-
-    def receive(self, touched: Sequence[tuple[int, int]]) -> Lent | None:
-        """The file is mapped, and what will be `touched` faulted in. None if there is no buffer for this version.
-        Raises ConnectionError if the lender has gone."""
-        message, fds, _, _ = socket.recv_fds(self._socket, _MESSAGE_BYTES, 1)
-        if not message:
-            raise ConnectionError("the rank that lends the node's buffers has gone")
-        key, *live = array("q", message)
-        if key == _NO_BUFFER:
-            return None
-        try:
-            file = map_bytes(fds[0], touched) if fds else None
-        finally:
-            for fd in fds:
-                os.close(fd)
-        return Lent(key, live, file)
-
-    def close(self) -> None:
-        self._socket.close()

@@ -80,6 +80,14 @@ class BufferPool:
             self._states[found[0]] = BufferState.WRITING
             return found[0]
 
+    def begin_early(self) -> Buffer | None:
+        """As `begin`, long before anything will be written; None unless one is free, to be asked again then."""
+        with self._changed:
+            if self._in_state(BufferState.PENDING) or not (free := self._in_state(BufferState.FREE)):
+                return None
+            self._states[free[0]] = BufferState.WRITING
+            return free[0]
+
     def commit(self, buffer: Buffer, version: int, pin: str) -> Path | None:
         """Shows what has been written as `version`; the path, or None if it has to wait for a reader. Pinned it is at
         once, if `pin` is not empty. Raises ValueError if the version is there already."""

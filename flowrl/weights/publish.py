@@ -1,6 +1,7 @@
 """From sharded parameters to a published version, under the names that the checkpoint on disk has.
 
-Every rank casts its own shards and writes them where they belong; one rank on each node then makes the version visible.
+Every rank casts its own shards and writes them where they belong, and may train on; a thread of each then agrees with
+those of the other ranks that all have, and one rank on each node makes the version visible.
 It knows parameters and files, and neither losses nor queues.
 """
 
@@ -10,6 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from flowrl.weights.ranks import Ranks, WeightsError
 from flowrl.weights.slices import Holdings
 from flowrl.weights.store import WeightStore
 from flowrl.weights.tensorfile import Kind
-from flowrl.weights.writing import FileWriter, PooledWriter, Writer
+from flowrl.weights.writing import FileWriter, PooledWriter, Writer, publisher_of
 
 SERVED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -89,6 +91,8 @@ class Publisher:
         self._on_published = on_published
         self._writer: Writer | None = None
         self._publishers: list[int] = []
+        self._thread: ThreadPoolExecutor | None = None
+        self._begun: Future[Path | None] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -96,25 +100,43 @@ class Publisher:
         return self.plan.layout.num_bytes
 
     def publish(self, version: int, *, pin: str = "") -> Path | None:
-        """On every rank, with parameters sharded. The path on ranks that make it visible, if it is already.
+        """`begin` and `finish`."""
+        self.begin(version, pin=pin)
+        return self.finish()
 
-        pin: a name under which the version is kept until it is unpinned. Raises an error on every rank if one cannot
-        write; the version before it is then still in force.
+    def begin(self, version: int, *, pin: str = "") -> None:
+        """On every rank, with parameters sharded. Returns as soon as they may change again, without having waited for
+        another rank; the version is agreed upon and made visible in the background.
+
+        pin: a name under which the version is kept until it is unpinned. Raises what `finish` does, if the version
+        before is still on its way: of that one.
         """
+        self.finish()
         if self._writer is None:
             self._writer = self._make_writer()
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="publishing")
         error: Exception | None = None
         try:
             self._writer.open(version)
             self._writer.write(self._locals())
         except (OSError, RuntimeError) as failure:
             error = failure
-        try:
-            self._ranks.agree(error, f"version {version}")
-        except Exception:
-            self._writer.abandon()
-            raise
-        return self._writer.commit(version, pin)
+        self._begun = self._thread.submit(self._complete, self._writer, version, pin, error)
+
+    def finish(self) -> Path | None:
+        """Waits until the version begun last is there. Its path on ranks that make it visible, if it is already; None
+        if none was begun, or it has been waited for.
+
+        Raises an error on every rank if one could not write; the version before it is then still in force.
+        """
+        begun, self._begun = self._begun, None
+        return None if begun is None else begun.result()
+
+    def check(self) -> None:
+        """Raises what `finish` would if it is known already; waits for nothing."""
+        if self._begun is not None and self._begun.done():
+            self._begun.result()
 
     def holdings(self, nodes: Sequence[int]) -> Holdings:
         """What each node's ranks write, once something has been published. nodes: those of the ranks that have a store,
@@ -126,14 +148,21 @@ class Publisher:
 
     def discard_newer_than(self, version: int) -> None:
         """On every rank, after going back to a checkpoint: those versions will be published anew."""
+        self.finish()
         if self._writer is not None:
             self._writer.discard_newer_than(version)
 
     def close(self) -> None:
-        """Leaves what is visible. May be called again."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        """Leaves what is visible. May be called again. Raises what `finish` does, once all is closed."""
+        try:
+            self.finish()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+                self._thread = None
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
 
     def check_names(self) -> None:
         """Compares this rank's shards with the checkpoint that they were loaded from, through the plan: a wrong name,
@@ -181,6 +210,15 @@ class Publisher:
         live views."""
         return {name: tensor.detach() for name, tensor in self._full_tensors()}
 
+    def _complete(self, writer: Writer, version: int, pin: str, error: Exception | None) -> Path | None:
+        """In the publisher's own thread. error: this rank's, of writing."""
+        try:
+            writer.agree(version, error)
+        except Exception:
+            writer.abandon()
+            raise
+        return writer.commit(version, pin)
+
     def _make_writer(self) -> Writer:
         """Ranks tell each other where they write; here plans that differ are found out."""
         mine = None if self._store is None else str(self._store.root)
@@ -190,13 +228,11 @@ class Publisher:
             raise WeightsError(f"weights: ranks {differing} plan to write other bytes than rank 0; is it one model?")
         publishers = [rank for rank, place in enumerate(places) if place is not None]
         if self._collective is not None:
-            return CollectiveWriter(self.plan, self._ranks.rank, self._collective, self._on_published)
+            return CollectiveWriter(self.plan, self._ranks, self._collective, self._on_published)
         if not publishers or publishers[0] != 0:
             raise ValueError("weights: rank 0 has no store to publish to")
         self._publishers = publishers
-        publisher = _publisher_of(self._ranks.rank, publishers)
-        root = places[publisher]
-        last = max(rank for rank in range(self._ranks.size) if _publisher_of(rank, publishers) == publisher)
+        root = Path(places[publisher_of(self._ranks.rank, publishers)])
         companions = [*self._form.companions]
         if self._store is not None:
             self._store.prepare()
@@ -207,14 +243,13 @@ class Publisher:
             return PooledWriter(
                 self.plan,
                 self._ranks,
-                publisher,
-                last - publisher,
-                Path(root),
+                publishers,
+                root,
                 self._store,
                 companions,
                 self._on_published,
             )
-        return FileWriter(self.plan, self._ranks, Path(root), self._store, companions, self._on_published)
+        return FileWriter(self.plan, self._ranks, root, self._store, companions, self._on_published)
 
     def _locals(self) -> Mapping[str, torch.Tensor]:
         with torch.no_grad():
@@ -259,8 +294,3 @@ class Publisher:
             os.fsync(fd)
         finally:
             os.close(fd)
-
-
-def _publisher_of(rank: int, publishers: list[int]) -> int:
-    """The nearest before it."""
-    return max(publisher for publisher in publishers if publisher <= rank)

@@ -1,27 +1,28 @@
 """Getting a rank's pieces of a version into the version's file. Every rank has one writer; no tensor is gathered.
 
 `PooledWriter` writes to buffers in shared memory that all ranks of a node have mapped; `FileWriter` to a new file in a
-directory that all ranks see. Calls come in this order: open, write, then commit or abandon.
+directory that all ranks see. Calls come in this order: open, write, agree, then commit or abandon; from `agree` on
+possibly in another thread.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from flowrl.weights.buffers import Borrower, Buffer, Lender, create_file, link
+from flowrl.weights.buffers import Buffer, create_file, link
 from flowrl.weights.devices import Registered, copy_to_host
+from flowrl.weights.lending import Borrower, Lender
 from flowrl.weights.plan import Piece, Plan
 from flowrl.weights.pool import BufferPool, OnPublished
-from flowrl.weights.ranks import Ranks, WeightsError
+from flowrl.weights.ranks import Ranks, WeightsError, raise_for
 from flowrl.weights.store import WeightStore
 
-_LENDING_TIMEOUT_S = 120.0
 _CHUNK_BYTES = 1 << 20
 
 Locals = Mapping[str, torch.Tensor]
@@ -36,8 +37,13 @@ class Writer(Protocol):
         """This rank's pieces, from the tensors (or shards) that it has."""
         ...
 
+    def agree(self, version: int, error: Exception | None) -> None:
+        """On every rank, once it has written or failed with `error`: raises that, or a WeightsError naming the ranks
+        that failed."""
+        ...
+
     def commit(self, version: int, pin: str) -> Path | None:
-        """On every rank, after all have written. The path on those that publish, if it is visible already."""
+        """On every rank, after all have agreed. The path on those that publish, if it is visible already."""
         ...
 
     def abandon(self) -> None:
@@ -52,14 +58,14 @@ class Writer(Protocol):
 
 
 class PooledWriter:
-    """root: of the node's store. store: on the rank that publishes on this node, None on its peers."""
+    """publishers: of every node. store: this node's, on the rank that publishes there, None on its peers. root: the
+    store's."""
 
     def __init__(
         self,
         plan: Plan,
         ranks: Ranks,
-        publisher: int,
-        num_peers: int,
+        publishers: Sequence[int],
         root: Path,
         store: WeightStore | None,
         companions: Sequence[Path],
@@ -67,15 +73,19 @@ class PooledWriter:
     ) -> None:
         self._pieces = plan.pieces(ranks.rank)
         self._touched = [(piece.begin, piece.end) for piece in self._pieces]
-        self._publisher = publisher
+        self._num_ranks = ranks.size
+        self._publisher = publisher_of(ranks.rank, publishers)
+        peers = [rank for rank in range(ranks.size) if publisher_of(rank, publishers) == ranks.rank != rank]
         self._pool = None if store is None else BufferPool(store, plan.layout, companions, on_published)
         self._views: dict[int, list[torch.Tensor]] = {}
         self._registered: dict[int, Registered] = {}
         self._buffer: Buffer | None = None
+        self._live: Sequence[int] = ()
         self._key = -1
-        self._lender = Lender(root, num_peers, _LENDING_TIMEOUT_S) if self._pool and num_peers else None
+        self._lender = Lender(root, peers) if peers else None
+        self._publishers = ranks.apart(publishers)
         ranks.agree(None, "lending buffers")
-        self._borrower = None if self._pool else Borrower(root, _LENDING_TIMEOUT_S)
+        self._borrower = None if self._pool else Borrower(root, ranks.rank)
 
     def open(self, version: int) -> None:
         if self._pool is None:
@@ -85,17 +95,15 @@ class PooledWriter:
                 raise WeightsError(f"version {version}: rank {self._publisher} has no room for it; see its log")
             self._keep(lent.key, lent.live, lent.file)
             return
-        self._buffer = None
-        try:
-            self._buffer = self._pool.begin()
-        except OSError:
-            if self._lender is not None:
-                self._lender.refuse()
-            raise
-        live = self._pool.live_keys()
-        if self._lender is not None:
-            self._lender.send(self._buffer.key, live, self._buffer.fd)
-        self._keep(self._buffer.key, live, self._buffer.bytes)
+        if self._buffer is None:
+            try:
+                self._buffer = self._pool.begin()
+            except OSError:
+                if self._lender is not None:
+                    self._lender.refuse()
+                raise
+            self._lend(self._buffer)
+        self._keep(self._buffer.key, self._live, self._buffer.bytes)
 
     def write(self, tensors: Locals) -> None:
         views = self._views[self._key]
@@ -104,11 +112,20 @@ class PooledWriter:
             self._registered[self._key] = Registered(views)
         copy_to_host(zip(views, sources, strict=True))
 
+    def agree(self, version: int, error: Exception | None) -> None:
+        raise_for(error, self._failed(version, error is None), f"version {version}")
+
     def commit(self, version: int, pin: str) -> Path | None:
         if self._pool is None:
             return None
         assert self._buffer is not None, "opened before"
-        return self._pool.commit(self._buffer, version, pin)
+        path = self._pool.commit(self._buffer, version, pin)
+        # The next one at once: ranks that had to wait for it would run one after the other where cores are few, because
+        # the kernel takes whoever wakes somebody else to be about to sleep.
+        self._buffer = self._pool.begin_early()
+        if self._buffer is not None:
+            self._lend(self._buffer)
+        return path
 
     def abandon(self) -> None:
         if self._pool is not None and self._buffer is not None:
@@ -121,9 +138,32 @@ class PooledWriter:
 
     def close(self) -> None:
         self._forget([])
-        for end in (self._pool, self._lender, self._borrower):
+        for end in (self._pool, self._lender, self._borrower, self._publishers):
             if end is not None:
                 end.close()
+
+    def _lend(self, buffer: Buffer) -> None:
+        assert self._pool is not None, "of the pool's owner"
+        self._live = self._pool.live_keys()
+        if self._lender is not None:
+            self._lender.send(buffer.key, self._live, buffer.fd)
+
+    def _failed(self, version: int, is_written: bool) -> Collection[int]:
+        """The ranks that could not write it. A node's peers tell its publisher, publishers each other and then their
+        peers."""
+        if self._borrower is not None:
+            try:
+                self._borrower.report(version, is_written)
+                return self._borrower.failed(version)
+            except OSError as error:
+                raise WeightsError(f"version {version}: rank {self._publisher}, which publishes it: {error}") from error
+        failed = [] if is_written else [self._publisher]
+        if self._lender is not None:
+            failed += self._lender.failed(version)
+        failed = self._publishers.union(failed, self._num_ranks)
+        if self._lender is not None:
+            self._lender.tell(version, failed)
+        return failed
 
     def _keep(self, key: int, live: Sequence[int], file: torch.Tensor | None) -> None:
         """Views of this rank's pieces in each buffer that lives; they are made once."""
@@ -154,7 +194,7 @@ class FileWriter:
     ) -> None:
         self._layout = plan.layout
         self._pieces = plan.pieces(ranks.rank)
-        self._ranks = ranks
+        self._ranks = ranks.apart()
         self._root = root
         self._store = store
         self._companions = companions
@@ -183,6 +223,9 @@ class FileWriter:
         finally:
             os.close(fd)
 
+    def agree(self, version: int, error: Exception | None) -> None:
+        self._ranks.agree(error, f"version {version}")
+
     def commit(self, version: int, pin: str) -> Path | None:
         if self._store is None:
             return None
@@ -209,6 +252,7 @@ class FileWriter:
 
     def close(self) -> None:
         self.abandon()
+        self._ranks.close()
 
     def _make_staging(self) -> None:
         self._staging.mkdir(parents=True)
@@ -219,6 +263,11 @@ class FileWriter:
         except OSError:
             self.abandon()
             raise
+
+
+def publisher_of(rank: int, publishers: Sequence[int]) -> int:
+    """The nearest before it."""
+    return max(publisher for publisher in publishers if publisher <= rank)
 
 
 def _view(file: torch.Tensor, piece: Piece) -> torch.Tensor:

@@ -14,6 +14,7 @@ from flowrl.weights.collective.staging import Staged, Staging
 from flowrl.weights.collective.wire import Hello
 from flowrl.weights.plan import Plan, joined
 from flowrl.weights.pool import OnPublished
+from flowrl.weights.ranks import Ranks
 
 NO_PATH = Path()  # a version that lies nowhere
 
@@ -31,8 +32,9 @@ class Collective:
 class CollectiveWriter:
     """Of this rank. on_published: called on rank 0, with no path."""
 
-    def __init__(self, plan: Plan, rank: int, collective: Collective, on_published: OnPublished) -> None:
-        self._rank = rank
+    def __init__(self, plan: Plan, ranks: Ranks, collective: Collective, on_published: OnPublished) -> None:
+        self._ranks = ranks.apart()
+        self._rank = rank = ranks.rank
         self._on_published = on_published
         self._pieces = plan.pieces(rank)
         num_bytes = sum(piece.kind.num_bytes for piece in self._pieces)
@@ -61,6 +63,9 @@ class CollectiveWriter:
             # The givers' threads read it on streams of their own.
             torch.cuda.current_stream(self._staged.bytes.device).synchronize()
 
+    def agree(self, version: int, error: Exception | None) -> None:
+        self._ranks.agree(error, f"version {version}")
+
     def commit(self, version: int, pin: str) -> Path | None:
         assert self._staged is not None, "written before"
         assert not pin, "a version that lies nowhere cannot be pinned"
@@ -77,6 +82,7 @@ class CollectiveWriter:
 
     def close(self) -> None:
         self._giver.close()
+        self._ranks.close()
 
     def _views_of(self, staged: Staged) -> list[torch.Tensor]:
         key = staged.bytes.data_ptr()
