@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,8 +24,8 @@ from flowrl.weights.tensorfile import Slot, read_header, slots_of
 
 _CHUNK_BYTES = 4 << 20
 _NUM_THREADS = min(8, len(os.sched_getaffinity(0)))
-_THREAD_BYTES = 8 << 20
-"""For each of which a further thread is worth its start."""
+_THREAD_BYTES = 64 << 20
+"""For each of which a further thread is worth its start: in its first milliseconds it shares its starter's core."""
 
 
 class Place(NamedTuple):
@@ -41,12 +40,18 @@ class Place(NamedTuple):
 
 
 class _Copy(NamedTuple):
-    """A part of a place; `file` is a number."""
+    """A part of a place; `file` is a number. data: the target's own bytes, where the file's come straight there."""
 
     target: torch.Tensor
+    data: np.ndarray | None
     file: int
     begin: int
     dtype: torch.dtype
+
+    @classmethod
+    def of(cls, target: torch.Tensor, file: int, begin: int, dtype: torch.dtype) -> _Copy:
+        is_straight = target.dtype == dtype and target.device.type == "cpu"
+        return cls(target, target.view(torch.uint8).numpy() if is_straight else None, file, begin, dtype)
 
 
 class _Source(NamedTuple):
@@ -55,12 +60,11 @@ class _Source(NamedTuple):
     fd: int
     mapped: np.ndarray | None
 
-    def fill(self, target: torch.Tensor, begin: int) -> None:
+    def fill(self, target: np.ndarray, begin: int) -> None:
         """All of `target`, uint8, from the file's byte `begin` on."""
-        view = target.numpy()
         if self.mapped is not None:
-            return np.copyto(view, self.mapped[begin : begin + len(view)])
-        rest = view.data
+            return np.copyto(target, self.mapped[begin : begin + len(target)])
+        rest = target.data
         while rest:  # the kernel gives at most 2 GiB a call
             count = os.preadv(self.fd, [rest], begin)
             assert count, "the file ends before its header says; it was checked a moment ago"
@@ -86,16 +90,14 @@ class Loader:
         Raises ValueError, with nothing overwritten, if names or shapes are not the same on both sides or a file is cut
         short; FileNotFoundError if the version has gone.
         """
-        with reading(path), ExitStack() as stack:
+        with reading(path) as fds:
             if is_adapter(path):
                 return merge_in_place(self._tensors, path)
-            files = sorted(path.glob("*.safetensors"))
-            opened = [stack.enter_context(file.open("rb", buffering=0)) for file in files]
-            self._read_headers([read_header(file) for file in opened], path)
-            for file, end in zip(opened, self._ends, strict=True):
-                if (size := os.fstat(file.fileno()).st_size) < end:
-                    raise ValueError(f"weights: {file.name} has {size} bytes, and {end} by its header")
-            sources = [_Source(file.fileno(), self._mapped(file.fileno(), path)) for file in opened]
+            self._read_headers([_header_of(fd) for fd in fds], path)
+            for fd, end in zip(fds, self._ends, strict=True):
+                if (size := os.fstat(fd).st_size) < end:
+                    raise ValueError(f"weights: a file of {path} has {size} bytes, and {end} by its header")
+            sources = [_Source(fd, self._mapped(fd, path)) for fd in fds]
             _load_each(self._copies, sources, sum(self._ends))
             for device in {copy.target.device for copy in self._copies if copy.target.is_cuda}:
                 torch.cuda.default_stream(device).synchronize()  # of the helping threads
@@ -114,6 +116,11 @@ class Loader:
         self._copies = [copy for place in found for copy in _chunks(place, file_of[place.name])]
         self._ends = [max((slot.end for slot in found.values()), default=0) for found in slots]
         self._headers = headers
+
+
+def _header_of(fd: int) -> bytes:
+    with open(fd, "rb", buffering=0, closefd=False) as file:
+        return read_header(file)
 
 
 def load_in_place(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -148,7 +155,7 @@ def _chunks(place: Place, file: int) -> Iterator[_Copy]:
     itemsize = place.dtype.itemsize
     each = _CHUNK_BYTES // itemsize
     for begin in range(0, len(place.target), each):
-        yield _Copy(place.target[begin : begin + each], file, place.begin + begin * itemsize, place.dtype)
+        yield _Copy.of(place.target[begin : begin + each], file, place.begin + begin * itemsize, place.dtype)
 
 
 def _load_each(copies: Sequence[_Copy], sources: Sequence[_Source], num_bytes: int) -> None:
@@ -171,10 +178,10 @@ def _load_each(copies: Sequence[_Copy], sources: Sequence[_Source], num_bytes: i
 
 
 def _load(source: _Source, copy: _Copy) -> None:
+    if copy.data is not None:
+        return source.fill(copy.data, copy.begin)
     target = copy.target
-    if target.dtype == copy.dtype and target.device.type == "cpu":
-        return source.fill(target.view(torch.uint8), copy.begin)
     # To a GPU from pinned memory, which torch keeps and hands out again once the copy is done; there it is cast.
     staging = torch.empty(len(target), dtype=copy.dtype, pin_memory=target.is_cuda)
-    source.fill(staging.view(torch.uint8), copy.begin)
+    source.fill(staging.view(torch.uint8).numpy(), copy.begin)
     target.copy_(staging, non_blocking=target.is_cuda)

@@ -121,6 +121,7 @@ class Publisher:
             self._writer.open(version)
             self._writer.write(self._locals())
         except (OSError, RuntimeError) as failure:
+            logger.exception("weights: version %d cannot be written here", version)  # others may end this rank first
             error = failure
         self._begun = self._thread.submit(self._complete, self._writer, version, pin, error)
 

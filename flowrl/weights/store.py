@@ -125,11 +125,11 @@ class WeightStore:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[Path]:
+def reading(path: Path) -> Iterator[list[int]]:
     """Holds the weights of the directory `path` as they are while the block lasts, whoever reads them in it, by having
-    their files open. Raises FileNotFoundError if the version has gone."""
-    files = sorted(path.glob("*.safetensors"))
-    held = []
+    their files open: these, in the order of `weights_files`. Raises FileNotFoundError if the version has gone."""
+    files = weights_files(path)
+    held: list[int] = []
     try:
         for file in files:
             held.append(os.open(file, os.O_RDONLY | os.O_CLOEXEC))
@@ -138,18 +138,26 @@ def reading(path: Path) -> Iterator[Path]:
                 raise FileNotFoundError(errno.ENOENT, "taken back while it was being opened", str(file))
         if not files:
             raise FileNotFoundError(errno.ENOENT, "no weights there (any more)", str(path))
-        yield path
+        yield held
     finally:
         for fd in held:
             os.close(fd)
 
 
+def weights_files(path: Path) -> list[Path]:
+    """Those of the directory `path`, by name; none if it has gone."""
+    try:
+        return [path / name for name in sorted(os.listdir(path)) if name.endswith(".safetensors")]
+    except FileNotFoundError:
+        return []
+
+
 def weights_file(path: Path) -> Path:
     """The one file of a published version that has its tensors. Raises FileNotFoundError if it has gone."""
-    found = next(path.glob("*.safetensors"), None)
-    if found is None:
+    found = weights_files(path)
+    if not found:
         raise FileNotFoundError(errno.ENOENT, "no weights there (any more)", str(path))
-    return found
+    return found[0]
 
 
 def version_name(version: int) -> str:

@@ -93,11 +93,7 @@ def failure_case(rank: int, size: int, model_dir: Path, out: Path) -> None:
     assert writer is not None
     write = writer.write
     if rank == size - 1:
-
-        def failing(tensors: object) -> None:
-            raise OSError("the memory of this rank is broken")
-
-        writer.write = failing  # type: ignore[method-assign]
+        writer.write = fail  # type: ignore[method-assign]
     try:
         publisher.publish(1)
     except (OSError, RuntimeError) as error:
@@ -109,20 +105,92 @@ def failure_case(rank: int, size: int, model_dir: Path, out: Path) -> None:
     publisher.close()
 
 
-def killed_case(rank: int, size: int, model_dir: Path, out: Path) -> None:
-    """The last rank dies in the middle of version 1."""
+def told_case(rank: int, size: int, model_dir: Path, out: Path) -> None:
+    """The last rank cannot write version 1, and nobody waits for it: `check` tells, then `begin`, and only once."""
     publisher = publisher_of(sharded(model_dir, size), rank, model_dir, out)
+    publisher.publish(0)
+    publisher.check()
+    writer = publisher._writer
+    assert writer is not None
+    write = writer.write
+    if rank == size - 1:
+        writer.write = fail  # type: ignore[method-assign]
+    publisher.begin(1)
+    deadline = time.monotonic() + 30
+    told = ""
+    while not told and time.monotonic() < deadline:
+        try:
+            publisher.check()
+        except (OSError, RuntimeError) as error:
+            told = str(error)
+    writer.write = write  # type: ignore[method-assign]
+    try:
+        publisher.begin(2)
+    except (OSError, RuntimeError) as error:
+        (out / f"error-{rank}").write_text(f"{told} | {error}")
+    publisher.check()
+    publisher.begin(2)
+    publisher.close()
+
+
+def fail(tensors: object) -> None:
+    raise OSError("the memory of this rank is broken")
+
+
+def ahead_case(rank: int, size: int, model_dir: Path, out: Path) -> None:
+    """The first rank trains on while the last one has not yet written."""
+    lm = sharded(model_dir, size)
+    publisher = publisher_of(lm, rank, model_dir, out)
+    publisher.publish(0)
+    if rank == size - 1:
+        while not (out / "trains-on").exists():
+            time.sleep(0.005)
+    publisher.begin(1)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.mul_(3)
+    if rank == 0:
+        (out / "seen").write_text(str(WeightStore(out / "weights", 2).versions()))
+        (out / "trains-on").touch()
+    publisher.close()
+
+
+def nodes_case(rank: int, size: int, model_dir: Path, out: Path) -> None:
+    """Two ranks a node. The very last cannot write version 1."""
+    store = WeightStore(out / f"weights-{rank}", 2) if rank % 2 == 0 else None
+    publisher = Publisher(sharded(model_dir, size), model_dir, store, "bfloat16")
     publisher.publish(0)
     writer = publisher._writer
     assert writer is not None
+    write = writer.write
     if rank == size - 1:
-        writer.write = lambda tensors: os._exit(9)  # type: ignore[method-assign]
+        writer.write = fail  # type: ignore[method-assign]
+    try:
+        publisher.publish(1)
+    except (OSError, RuntimeError) as error:
+        (out / f"error-{rank}").write_text(str(error))
+    writer.write = write  # type: ignore[method-assign]
+    publisher.publish(2)
+    publisher.close()
+
+
+def killed_case(rank: int, size: int, model_dir: Path, out: Path, when: str = "write") -> None:
+    """The last rank dies in the middle of version 1."""
+    publisher = publisher_of(sharded(model_dir, size), rank, model_dir, out)
+    publisher.publish(0)
+    if rank == size - 1:
+        setattr(publisher._writer, when, lambda *_: os._exit(9))
     try:
         publisher.publish(1)
     except RuntimeError as error:
         (out / f"error-{rank}").write_text(str(error))
     finally:
         publisher.close()  # its threads must not meet the interpreter's end
+
+
+def killed_late_case(rank: int, size: int, model_dir: Path, out: Path) -> None:
+    """When it has written all of its part, and has told nobody yet."""
+    killed_case(rank, size, model_dir, out, "agree")
 
 
 def differing_case(rank: int, size: int, model_dir: Path, out: Path) -> None:
@@ -191,7 +259,7 @@ class Words(nn.Module):
 
 
 def race_case(rank: int, size: int, model_dir: Path, out: Path) -> None:
-    """As many versions as RACES says, each full of its own number, while a reader maps them."""
+    """As many versions as RACES says, each full of its own number, while a reader maps them and the ranks train on."""
     words = Words()
     fully_shard(words, mesh=init_device_mesh("cpu", (size,)))
     store = WeightStore(out / "weights", 3) if rank == 0 else None
@@ -200,7 +268,8 @@ def race_case(rank: int, size: int, model_dir: Path, out: Path) -> None:
     for version in range(int(os.environ["RACES"]) + 1):
         for shard in shards:
             shard.fill_(float(version))
-        publisher.publish(version)
+        publisher.begin(version)
+    publisher.finish()
     if rank == 0:
         (out / "last").write_text(str(version))
     dist.barrier()

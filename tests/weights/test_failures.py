@@ -63,6 +63,42 @@ def test_engine_that_cannot_load_is_named_and_its_work_goes_to_the_others(tmp_pa
     assert len(trained) == len(set(trained)) == 240 * 64
 
 
+def test_version_that_cannot_be_written_ends_the_wait_for_its_rows(tmp_path: Path) -> None:
+    """No engine ever gets it, so under a bound of 0 nothing would be sampled for the next update. From code of the
+    user's, which the trainer's process imports; one rank of two fails, and the other says which."""
+    (tmp_path / "broken.py").write_text(
+        textwrap.dedent("""
+            from flowrl.weights.writing import PooledWriter
+            from transfer_queue.rows import Column
+
+            class Passed:
+                def __init__(self, context, settings):
+                    write = PooledWriter.write
+                    self.updates = 0
+
+                    def failing(writer, tensors):
+                        if self.updates == 2:
+                            raise OSError("the memory of this rank is broken")
+                        write(writer, tensors)
+
+                    PooledWriter.write = failing
+
+                def process(self, rows):
+                    self.updates += 1
+                    return {"advantage": Column.scalars(rows["reward"].values, "float32")}
+        """)
+    )
+    stage = "stages.advantage={run: 'broken.py:Passed', unit: batch, reads: [reward], writes: [advantage]}"
+    arguments = small_run(tmp_path, stage, "staleness.max=0", "eval=null", "pools.train.workers=2", "run.restarts=0")
+    code, output = run_to_end(arguments, timeout_s=90, cwd=tmp_path)
+    assert code != 0
+    assert "version 2: ranks [0] could not; see their logs" in output or "the memory of this rank" in output, output
+    assert "the memory of this rank is broken" in (tmp_path / "runs" / "small" / "logs" / "train.0.0.log").read_text()
+    log = events(tmp_path / "runs" / "small")
+    assert max(event["version"] for event in log if event["kind"] == "published") == 1
+    assert max(event["update"] for event in log if event["kind"] == "trained") == 1
+
+
 NOT_TAKEN = {
     "shared_memory": """
         from flowrl.rollout.embedded import weights

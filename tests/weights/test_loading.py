@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -68,7 +69,7 @@ def test_what_goes_wrong_in_any_thread_is_raised(model_dir: Path, monkeypatch: p
     lately: list[int] = []
     fill = loading._Source.fill
 
-    def failing(source: loading._Source, target: torch.Tensor, begin: int) -> None:
+    def failing(source: loading._Source, target: np.ndarray, begin: int) -> None:
         lately.append(threading.get_ident())
         if threading.current_thread() is not threading.main_thread():
             raise OSError("the file has gone bad")

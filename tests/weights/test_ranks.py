@@ -77,9 +77,37 @@ def test_rank_that_cannot_write_leaves_the_old_version_in_force(ranks_dir: Path,
     assert WeightStore(tmp_path / "weights", 2).versions() == [0, 2]
 
 
-def test_rank_that_dies_leaves_the_old_version_in_force(ranks_dir: Path, tmp_path: Path) -> None:
-    codes = run("killed", 2, ranks_dir, tmp_path)
-    assert codes[1] == 9 and (tmp_path / "error-0").exists()
+def test_what_went_wrong_in_the_background_is_told_by_whatever_comes_next(ranks_dir: Path, tmp_path: Path) -> None:
+    run("told", 2, ranks_dir, tmp_path)
+    reasons = ("version 1: ranks [1] could not; see their logs", "the memory of this rank is broken")
+    for rank, reason in enumerate(reasons):
+        assert (tmp_path / f"error-{rank}").read_text() == f"{reason} | {reason}"
+    assert WeightStore(tmp_path / "weights", 2).versions() == [0, 2]
+
+
+def test_rank_trains_on_before_the_others_have_written(ranks_dir: Path, tmp_path: Path) -> None:
+    """The version is then not yet there, and has none of what came after."""
+    run("ahead", 2, ranks_dir, tmp_path)
+    assert (tmp_path / "seen").read_text() == "[0]"
+    store = WeightStore(tmp_path / "weights", 2)
+    assert store.versions() == [0, 1]
+    first, second = (load_file(store.path(version) / "model.safetensors") for version in (0, 1))
+    assert all(torch.equal(first[name], tensor) for name, tensor in second.items())
+
+
+def test_rank_of_another_node_that_cannot_write_is_named_to_all(ranks_dir: Path, tmp_path: Path) -> None:
+    run("nodes", 4, ranks_dir, tmp_path)
+    reasons = 3 * ["version 1: ranks [3] could not; see their logs"] + ["the memory of this rank is broken"]
+    assert [(tmp_path / f"error-{rank}").read_text() for rank in range(4)] == reasons
+    for node in (0, 2):
+        assert WeightStore(tmp_path / f"weights-{node}", 2).versions() == [0, 2]
+
+
+@pytest.mark.parametrize("case", ["killed", "killed_late"])
+def test_rank_that_dies_leaves_the_old_version_in_force(case: str, ranks_dir: Path, tmp_path: Path) -> None:
+    codes = run(case, 2, ranks_dir, tmp_path)
+    assert codes[1] == 9
+    assert (tmp_path / "error-0").read_text() == "version 1: ranks [1] could not; see their logs"
     assert WeightStore(tmp_path / "weights", 2).versions() == [0]
 
 

@@ -20,6 +20,7 @@ from flowrl.rollout.embedded.attention import SLOT_ATTENTION
 from flowrl.rollout.engine import EngineError
 from flowrl.weights.adapters import is_adapter, read_config
 from flowrl.weights.loading import Loader
+from flowrl.weights.store import weights_files
 
 
 def load_model(path: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -42,7 +43,7 @@ def load_model(path: Path, device: str, dtype: torch.dtype) -> PreTrainedModel:
 def replace_from_directory(model: PreTrainedModel, path: Path, loader: Loader | None = None) -> None:
     """Overwrites the weights by those of `path`. loader: the model's, if there is one. EngineError, with nothing
     overwritten, if they do not fit."""
-    files = sorted(path.glob("*.safetensors"))
+    files = weights_files(path)
     if not files:
         raise EngineError(f"weights: no *.safetensors in {path}; nothing was replaced")
     try:
