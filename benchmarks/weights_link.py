@@ -1,14 +1,15 @@
 """Weights between two virtual hosts: two network namespaces and a link between them (`tc`). Needs root.
 
     sudo python benchmarks/weights_link.py [--gbits 1 10 inf] [--learning-rates 1e-7 1e-6 1e-5 1e-4] [--parameters 100]
-        [--rounds 5] [--out RESULT.json]
+        [--rounds 5] [--after-writing] [--out RESULT.json]
 
 One host has the float32 masters and publishes bfloat16 into shared memory; the other has a relay and nothing else. Each
-round takes AdamW steps on random gradients, as a trainer would late in its moments, and times from the commit here to
-the version being visible there: one version whole, one by changes, and, when all of these have been, one as the relay
-chooses. All must be byte for byte the same on both hosts, by SHA-256. A link of `inf` Gbit/s has no limit but what
-memory, encryption and the two processes take. Printed, as medians: the share of weights that changed, bytes of payload,
-bytes on the link (its counters), seconds.
+round takes AdamW steps on random gradients, as a trainer would late in its moments, and times from the end of the step
+here to the version being visible there: one version whole, one by changes, and, when all of these have been, one as the
+relay chooses. With `--after-writing` nothing is sent before all of a version is written. All must be byte for byte the
+same on both hosts, by SHA-256. A link of `inf` Gbit/s has no limit but what memory, encryption and the two processes
+take. Printed, as medians: the share of weights that changed, bytes of payload, bytes on the link (its counters),
+seconds.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def main() -> None:
         try:
             connect(spaces, gbits)
             for rate in given.learning_rates:
-                found = measure(spaces, {"rounds": given.rounds, "parameters": given.parameters, "learning_rate": rate})
+                wanted = {"rounds": given.rounds, "parameters": given.parameters, "after": given.after_writing}
+                found = measure(spaces, wanted | {"learning_rate": rate})
                 rows.append({"gbits": gbits, "learning_rate": rate} | found)
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         finally:
@@ -62,6 +64,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-7, 1e-6, 1e-5, 1e-4])
     parser.add_argument("--parameters", type=int, default=100, help="millions")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--after-writing", action="store_true", help="do not send what is still being written")
     parser.add_argument("--out", type=Path, help="where the result goes as JSON")
     return parser.parse_args()
 
@@ -126,7 +129,7 @@ def measure(spaces: list[str], wanted: dict[str, Any]) -> dict[str, Any]:
         found[way] = {
             "payload_bytes": statistics.median(target["received"][version] for version in of_way),
             "link_bytes": statistics.median(source["link_bytes"][version] for version in of_way),
-            "seconds": statistics.median(target["visible"][one] - source["committed"][one] for one in of_way),
+            "seconds": statistics.median(target["visible"][one] - source["stepped"][one] for one in of_way),
         }
     return found
 
@@ -163,9 +166,12 @@ def run_host(host: int, settings: dict[str, Any]) -> dict[str, Any]:
     else:
         relay.hold(Holdings.of([0], [[(0, int(hear(work / "bytes")))]], int(hear(work / "bytes"))))
         for version in range(versions):
-            hear(work / f"written-{version}")
             if version == chosen_from:
                 relay._anchor_every = 10**6
+            if not settings["after"]:
+                hear(work / f"begun-{version}")
+                relay.begun(0, version, Path())
+            hear(work / f"written-{version}")
             relay.written(0, version)
             while version not in visible:
                 assert thread.is_alive(), "the relay has failed"
@@ -181,38 +187,54 @@ def run_host(host: int, settings: dict[str, Any]) -> dict[str, Any]:
 
 def publish_all(work: Path, store: Any, relay: Any, settings: dict[str, Any], versions: int) -> dict[str, Any]:
     import torch
+    from safetensors.torch import save_file
 
-    from flowrl.weights.pool import BufferPool
-    from flowrl.weights.slices import Holdings
-    from flowrl.weights.tensorfile import Kind, TensorFileLayout
+    from flowrl.weights.progress import Followed
+    from flowrl.weights.publish import Publisher
 
     torch.manual_seed(0)
-    masters = torch.nn.Parameter(torch.randn(settings["parameters"] * 1_000_000) * 0.02)
-    masters.grad = torch.empty_like(masters)
-    adam = torch.optim.AdamW([masters], lr=settings["learning_rate"], weight_decay=0.0)
-    layout = TensorFileLayout({"w": Kind(masters.shape, torch.bfloat16)})
-    pool = BufferPool(store, layout, [], lambda version, path: None)
-    relay.hold(Holdings.of([0], [[(0, layout.num_bytes)]], layout.num_bytes))
-    say(work / "bytes", str(layout.num_bytes))
-    found: dict[str, Any] = {"committed": [], "changed": [], "digests": [], "link_bytes": []}
-    before = masters.detach().to(torch.bfloat16)
+    words = torch.nn.ParameterList(torch.randn(1_000, 1_000) * 0.02 for _ in range(settings["parameters"]))
+    (work / "model").mkdir()
+    save_file(
+        {name: word.detach().to(torch.bfloat16) for name, word in words.named_parameters()},
+        work / "model" / "w.safetensors",
+    )
+    adam = torch.optim.AdamW(words.parameters(), lr=settings["learning_rate"], weight_decay=0.0)
+
+    def begun(version: int, path: Path) -> None:
+        relay.begun(0, version, path)
+        say(work / f"begun-{version}", "yes")
+
+    def published(version: int, path: Path) -> None:
+        relay.written(0, version)
+        say(work / f"written-{version}", "yes")
+
+    followed = None if settings["after"] else Followed(begun, lambda version: None)
+    publisher = Publisher(words, work / "model", store, "bfloat16", on_published=published, followed=followed)
+    found: dict[str, Any] = {"stepped": [], "changed": [], "digests": [], "link_bytes": []}
+    before = [word.detach().to(torch.bfloat16) for word in words]
     for version in range(versions):
-        masters.grad.normal_()
+        for word in words:
+            word.grad = torch.randn_like(word)
         sent = link_bytes()
         adam.step()
-        buffer = pool.begin()
-        begin = layout.slots["w"].begin
-        buffer.bytes[begin:].view(torch.bfloat16).copy_(masters.detach())
-        now = masters.detach().to(torch.bfloat16)
-        found["changed"].append((now.view(torch.int16) != before.view(torch.int16)).float().mean().item())
+        now = [word.detach().to(torch.bfloat16) for word in words]
+        changed = [
+            (new.view(torch.int16) != old.view(torch.int16)).float().mean().item()
+            for new, old in zip(now, before, strict=True)
+        ]
+        found["changed"].append(statistics.mean(changed))
         before = now
-        assert pool.commit(buffer, version, "") is not None
-        found["committed"].append(time.monotonic())
-        say(work / f"written-{version}", "yes")
+        found["stepped"].append(time.monotonic())
+        publisher.begin(version)
+        if not version:  # holdings are known once something has been published
+            publisher.finish()
+            relay.hold(publisher.holdings([0]))
+            say(work / "bytes", str(publisher.num_bytes))
         hear(work / f"arrived-{version}")
         found["link_bytes"].append(link_bytes() - sent)
         found["digests"].append(sha256(store, version))
-    pool.close()
+    publisher.close()
     return found
 
 

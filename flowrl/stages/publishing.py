@@ -20,6 +20,7 @@ from flowrl.trainer.model import Policy
 from flowrl.weights.collective.writer import Collective
 from flowrl.weights.form import Form
 from flowrl.weights.place import Route, is_evaluated, pin_of, publishes_adapters, weights_root, written_root
+from flowrl.weights.progress import Followed
 from flowrl.weights.publish import Publisher
 from flowrl.weights.store import WeightStore
 
@@ -62,7 +63,10 @@ class Publishing:
             if recipe.eval is not None:
                 self.shelf = make(weights_root(recipe, context.session_dir), context.rank == 0)
         else:
-            self.publisher = make(self._root, writes, is_pooled=self._is_local, on_published=self._announce)
+            followed = Followed(self._announce_begun, self._announce_failed) if self._has_relays else None
+            self.publisher = make(
+                self._root, writes, is_pooled=self._is_local, on_published=self._announce, followed=followed
+            )
         if recipe.weights.check_first_sync and not self._is_adapter:  # adapters come from no checkpoint
             self.publisher.check_names()
 
@@ -122,9 +126,18 @@ class Publishing:
             self._events.write("published", version=version)
         news = {"version": version, "path": str(path)}
         if self._has_relays:
-            context.announce(written_topic(context.node), news)
+            self._tell_relays("written", version)
         if not self._has_relays or self._route.trainer == (context.node,):
             context.announce("published", news, everywhere=not self._is_local)
+
+    def _announce_begun(self, version: int, path: Path) -> None:
+        self._tell_relays("begun", version, path=str(path))
+
+    def _announce_failed(self, version: int) -> None:
+        self._tell_relays("failed", version)
+
+    def _tell_relays(self, what: str, version: int, **more: Any) -> None:
+        self._context.announce(written_topic(self._context.node), {"what": what, "version": version} | more)
 
     def _listen(self, meet: Callable[[dict[str, Any]], None]) -> None:
         for name in self._context.payload["engines"]:

@@ -68,7 +68,14 @@ def relay_topic(node: int) -> str:
 
 
 def _on_written(relay: Relay, node: int, news: dict[str, Any]) -> None:
-    relay.written(node, news["version"])
+    version = news["version"]
+    match news["what"]:
+        case "begun":
+            relay.begun(node, version, Path(news["path"]))
+        case "failed":
+            relay.failed(node, version)
+        case "written":
+            relay.written(node, version)
 
 
 def _on_relay(relay: Relay, node: int, news: dict[str, Any]) -> None:

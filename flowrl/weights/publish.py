@@ -27,6 +27,7 @@ from flowrl.weights.form import Form
 from flowrl.weights.names import extents_on_disk
 from flowrl.weights.plan import Plan, chunk_rows, is_sharded, served_dtypes
 from flowrl.weights.pool import OnPublished
+from flowrl.weights.progress import Followed
 from flowrl.weights.ranks import Ranks, WeightsError
 from flowrl.weights.slices import Holdings
 from flowrl.weights.store import WeightStore
@@ -49,7 +50,8 @@ class Publisher:
     versions visible, None on those that write to the store of the nearest rank before them which has one. is_pooled:
     whether the store is in the memory of this node alone, where files can be reused. collective: instead of any store,
     versions go straight to engines. form: how a version lies on disk, like `model_dir` if None. on_published: called on
-    the ranks with a store when a version is there to be read, possibly by another thread, if readers held it up.
+    the ranks with a store, possibly by another thread, when a version is there to be read. followed: told of versions
+    before that, where a relay is to give them to other nodes while they are written; on all ranks or on none.
     `missing`: names that the directory has and the model does not, which a published version leaves out.
     """
 
@@ -64,6 +66,7 @@ class Publisher:
         collective: Collective | None = None,
         form: Form | None = None,
         on_published: OnPublished = _ignore,
+        followed: Followed | None = None,
     ) -> None:
         self._form = Form.of_checkpoint(model_dir) if form is None else form
         on_disk = self._form.kinds
@@ -89,6 +92,7 @@ class Publisher:
         self._is_pooled = is_pooled
         self._collective = collective
         self._on_published = on_published
+        self._followed = followed
         self._writer: Writer | None = None
         self._publishers: list[int] = []
         self._thread: ThreadPoolExecutor | None = None
@@ -249,6 +253,7 @@ class Publisher:
                 self._store,
                 companions,
                 self._on_published,
+                self._followed,
             )
         return FileWriter(self.plan, self._ranks, root, self._store, companions, self._on_published)
 

@@ -1,8 +1,10 @@
 """A node's relay: pulls what the node lacks of each version from the nodes that hold it, and gives what others lack.
 
-One thread, one loop: questions of other relays come by a ROUTER socket, answers to ours by a DEALER for each of them.
-What it receives it writes to buffers of its own and makes visible by one rename, as a trainer rank does where it holds
-everything. A newer version is begun when the one before has arrived; those in between are never sent.
+One thread, one loop: questions of other relays come by a ROUTER socket (`relay_giving.py`), answers to ours by a DEALER
+for each of them. What it receives it writes to buffers of its own and makes visible by one rename, as a trainer rank
+does where it holds everything. A version is begun while the trainer's ranks still write it, and is shown when all of it
+is here and all ranks have said that they have written theirs. A newer one is begun when the one before has arrived;
+those in between are never sent.
 """
 
 from __future__ import annotations
@@ -10,38 +12,27 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import zmq
 
 from controllers.mailbox import Mailbox
 from flowrl.weights.buffers import Buffer
-from flowrl.weights.delta import Encoding, digest, goes_whole
-from flowrl.weights.delta import encode as encode_slice
-from flowrl.weights.held import HeldVersions, gathered
+from flowrl.weights.delta import goes_whole
+from flowrl.weights.held import HeldVersions
 from flowrl.weights.pool import BufferPool, OnPublished
-from flowrl.weights.relay_wire import (
-    NO_BASE,
-    Answer,
-    Ask,
-    Done,
-    Given,
-    Gone,
-    Open,
-    Opened,
-    decode_answer,
-    decode_question,
-    encode,
-)
+from flowrl.weights.relay_giving import Giving
+from flowrl.weights.relay_wire import Answer, Done, Gone, Open, Opened, decode_answer, encode
 from flowrl.weights.slices import Holdings, Slice
 from flowrl.weights.store import WeightStore
 from flowrl.weights.transfer import Transfer, TransferFailed, Wanted
 from transfer_queue.security import secure_client, secure_server
 
 _TICK_S = 1.0
+_WRITING_TICK_S = 0.001  # while somebody waits for what ranks are writing: they tell nobody how far they are
 _OPEN_TIMEOUT_S = 60.0
 _LINGER_MS = 500
 
@@ -60,8 +51,8 @@ class Relay:
     """node: this one's number. serving: nodes with engines or evaluation. store: what this node's engines read.
     written: where this node's trainer ranks write, None if it has none; the same as `store` if they write all of a
     version. bind: an endpoint, its port possibly `*`. secret: for CURVE, none on one host. pin_of(version): the name
-    under which it is to be pinned here, or "". Everything but `run` may be called from any thread. received_bytes: of
-    payload, by version; sent_bytes: in all."""
+    under which it is to be pinned here, or "". Everything but `run` may be called from any thread; what is told of a
+    node, in its order. received_bytes: of payload, by version; sent_bytes: in all."""
 
     def __init__(
         self,
@@ -94,19 +85,18 @@ class Relay:
         self._slices: list[Slice] = []
         self._needy: list[int] = []
         self._newest: dict[int, int] = {}
+        self._whole_at: dict[int, int] = {}
         self._peers: dict[int, zmq.Socket[bytes]] = {}
         self._pool: BufferPool | None = None
         self._buffer: Buffer | None = None
-        self._whole: tuple[int, np.ndarray] | None = None
         self._opening: tuple[int, set[int], float] | None = None
         self._transfer: Transfer | None = None
         self._num_transfers = 0
         self._whole_s, self._changes_s = math.inf, 0.0
         found = store.latest()
         self._last = -1 if found is None or written is store else found.version
-        self._parked: dict[tuple[int, int], list[tuple[bytes, Ask]]] = {}
+        self._own: deque[int] = deque()
         self.received_bytes: dict[int, int] = {}
-        self.sent_bytes = 0
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
         self._router.setsockopt(zmq.LINGER, _LINGER_MS)
@@ -114,6 +104,7 @@ class Relay:
             secure_server(self._router, secret)
         self._router.bind(bind)
         self.endpoint = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._giving = Giving(node, self._held, self._router)
 
     def connect(self, node: int, endpoint: str) -> None:
         """Another node's relay is there."""
@@ -123,9 +114,21 @@ class Relay:
         """Which node's ranks write what: the same for all versions."""
         self._mailbox.post(partial(self._hold, holdings))
 
+    def begun(self, node: int, version: int, path: Path) -> None:
+        """The ranks of a node have begun to write their part of a version, in that directory of theirs."""
+        self._mailbox.post(partial(self._begun, node, version, path))
+
     def written(self, node: int, version: int) -> None:
-        """The ranks of a node have written their part of a version."""
-        self._mailbox.post(partial(self._newest.__setitem__, node, version))
+        """The ranks of a node have written their part of a version, and all others theirs."""
+        self._mailbox.post(partial(self._written, node, version))
+
+    def failed(self, node: int, version: int) -> None:
+        """What a node's ranks had begun to write will not be published: one rank, there or elsewhere, could not."""
+        self._mailbox.post(partial(self._failed, node, version))
+
+    @property
+    def sent_bytes(self) -> int:
+        return self._giving.sent_bytes
 
     def stop(self) -> None:
         self._stopping.set()
@@ -144,26 +147,30 @@ class Relay:
         can_answer = [self._router] if self._holdings is not None else []  # others may have been told first
         for source in (self._mailbox.fd, *can_answer, *self._peers.values()):
             poller.register(source, zmq.POLLIN)
-        ready = dict(poller.poll(int(_TICK_S * 1000)))
+        ready = dict(poller.poll(int(1000 * (_WRITING_TICK_S if self._waits_for_writing else _TICK_S))))
         if self._mailbox.fd in ready:
             self._mailbox.run()
         if self._router in ready:
             identity, question = self._router.recv_multipart()
-            self._answer(identity, question)
+            self._giving.answer(identity, question)
         for node, peer in list(self._peers.items()):
             if peer in ready:
                 answer, *payload = peer.recv_multipart()
                 self._hear(node, decode_answer(answer), payload)
+        self._giving.retry()
         self._look_for_newer()
         if self._transfer is not None:
             self._send_asks(self._transfer.overdue())
+            self._take_own(self._transfer)
+        if self._transfer is not None:
+            self._finish_if_whole(self._transfer)
         if self._opening is not None and time.monotonic() > self._opening[2]:
             raise TransferFailed(f"nodes {sorted(self._opening[1])} have not opened version {self._opening[0]} in time")
 
     # Receiving.
 
     def _look_for_newer(self) -> None:
-        """Begins with the newest version that all nodes which hold a part of it have written."""
+        """Begins with the newest version that all nodes which hold a part of it have begun to write."""
         if self._opening or self._transfer or self._holdings is None or self._node not in self._needy:
             return
         owners = set(self._holdings.ranges)
@@ -185,14 +192,15 @@ class Relay:
         elif self._transfer is None or answer.version != self._transfer.version:
             return  # of a transfer that has been given up
         elif isinstance(answer, Gone):
-            self._send_asks(self._transfer.gone(answer.index))
+            if self._slices[answer.index].owner == node and self._whole_at.get(node) != answer.version:
+                self._give_up()  # it was begun, and written over before it was shown
+            else:
+                self._send_asks(self._transfer.gone(answer.index))
         else:
             self._send_asks(self._transfer.given(answer, payload[0]))
             if self._transfer.has(answer.index):
-                self._serve_parked(answer.index)
+                self._giving.arrived(answer.index)
             self._send_asks(self._transfer.asks())
-            if self._transfer.is_complete:
-                self._finish()
 
     def _hear_opened(self, node: int, answer: Opened) -> None:
         if self._opening is None or answer.version != self._opening[0]:
@@ -220,22 +228,28 @@ class Relay:
         self._buffer = self._pool.begin()
         is_whole = goes_whole(self._num_transfers, self._anchor_every, self._whole_s, self._changes_s)
         self._num_transfers += 1
-        base = self._whole if self._delta and not is_whole else None
+        base = self._giving.whole if self._delta and not is_whole else None
         into = self._buffer.bytes.numpy()
         self._transfer = Transfer(version, self._slices, self._node, self._needy, base, into)
-        for index, part in enumerate(self._slices):
-            if part.owner == self._node and self._held is not None:
-                data = self._held.bytes_of(version, part)
-                assert data is not None, "held since it was opened"
-                self._transfer.put_local(index, data)
-                self._serve_parked(index)
+        self._giving.transfer = self._transfer
+        self._own = deque(index for index, part in enumerate(self._slices) if part.owner == self._node)
         self._send_asks(self._transfer.asks())
-        if self._transfer.is_complete:
-            self._finish()
 
-    def _finish(self) -> None:
-        transfer, buffer = self._transfer, self._buffer
-        assert transfer is not None and buffer is not None and self._pool is not None
+    def _take_own(self, transfer: Transfer) -> None:
+        """What this node's own ranks have written of it by now, in the order in which they do."""
+        while self._own and self._held is not None:
+            data = self._held.bytes_of(transfer.version, self._slices[self._own[0]])
+            if data is None:
+                break
+            transfer.put_local(self._own.popleft(), data)
+        if self._own and self._held is not None and not self._held.is_there(transfer.version):
+            self._give_up()  # begun, and never shown
+
+    def _finish_if_whole(self, transfer: Transfer) -> None:
+        if not transfer.is_complete or self._own or not self._is_agreed(transfer.version):
+            return
+        buffer = self._buffer
+        assert buffer is not None and self._pool is not None
         self.received_bytes[transfer.version] = transfer.num_received_bytes
         self._note(transfer)
         self._last = transfer.version
@@ -243,8 +257,17 @@ class Relay:
         path = self._pool.commit(buffer, transfer.version, self._pin_of(transfer.version))
         # A version that waits for a reader may be written over; then the one before stays the base.
         if path is not None:
-            self._whole = (transfer.version, buffer.bytes.numpy())
-        self._transfer = self._buffer = None
+            self._giving.whole = (transfer.version, buffer.bytes.numpy())
+        self._transfer = self._giving.transfer = self._buffer = None
+
+    def _is_agreed(self, version: int) -> bool:
+        """Whether all ranks have written it. Those of a node that have gone on to a newer one had; had they not, they
+        would have said so, and the transfer had been given up."""
+        assert self._holdings is not None
+        return all(
+            self._whole_at.get(node, -1) >= version or self._newest.get(node, -1) > version
+            for node in self._holdings.ranges
+        )
 
     def _note(self, transfer: Transfer) -> None:
         """How long it took, for the next to go as is faster."""
@@ -264,69 +287,6 @@ class Relay:
     def _send_asks(self, wanted: Sequence[Wanted]) -> None:
         for giver, ask in wanted:
             self._peers[giver].send(encode(ask))
-
-    # Giving.
-
-    def _answer(self, identity: bytes, body: bytes) -> None:
-        question = decode_question(body)
-        user = int(identity)
-        if isinstance(question, Ask):
-            self._answer_ask(identity, question)
-        elif self._held is None:
-            return
-        elif isinstance(question, Open):
-            is_there = self._held.hold(question.version, user)
-            self._router.send_multipart([identity, encode(Opened(question.version, is_there))])
-        else:
-            self._held.done(question.version, user)
-
-    def _answer_ask(self, identity: bytes, ask: Ask) -> None:
-        part = self._slices[ask.index]
-        own = self._held.bytes_of(ask.version, part) if self._held is not None and part.owner == self._node else None
-        if own is not None:
-            assert self._held is not None
-            base = self._held.bytes_of(ask.base, part) if ask.base != NO_BASE else None
-            encoding, payload = encode_slice(own, base)
-            given = Given(ask.version, ask.index, encoding, ask.base if base is not None else NO_BASE, digest(own))
-            self._give(identity, given, payload)
-        elif part.owner == self._node:
-            self._router.send_multipart([identity, encode(Gone(ask.version, ask.index))])
-        else:
-            self._forward(identity, ask)
-
-    def _forward(self, identity: bytes, ask: Ask) -> None:
-        """What this node has received itself: as it came, if the asker has the same base."""
-        transfer = self._transfer
-        newest = transfer.version if transfer is not None else -1 if self._whole is None else self._whole[0]
-        if transfer is not None and transfer.version == ask.version and transfer.has(ask.index):
-            given, payload = transfer.forwards.get(ask.index, (None, b""))
-            if given is not None and given.base == ask.base:
-                self._give(identity, given, payload)
-            else:
-                self._give_whole(identity, ask, transfer.bytes_of(ask.index))
-        elif self._whole is not None and self._whole[0] == ask.version:
-            part = self._slices[ask.index]
-            self._give_whole(identity, ask, gathered(self._whole[1], part))
-        elif ask.version >= newest:
-            self._parked.setdefault((ask.version, ask.index), []).append((identity, ask))
-        else:
-            self._router.send_multipart([identity, encode(Gone(ask.version, ask.index))])
-
-    def _serve_parked(self, index: int) -> None:
-        assert self._transfer is not None
-        for identity, ask in self._parked.pop((self._transfer.version, index), []):
-            self._forward(identity, ask)
-        for version, other in [key for key in self._parked if key[0] < self._transfer.version]:
-            for identity, ask in self._parked.pop((version, other)):
-                self._router.send_multipart([identity, encode(Gone(ask.version, ask.index))])
-
-    def _give_whole(self, identity: bytes, ask: Ask, data: np.ndarray) -> None:
-        self._give(identity, Given(ask.version, ask.index, Encoding.WHOLE, NO_BASE, digest(data)), data)
-
-    def _give(self, identity: bytes, given: Given, payload: bytes | np.ndarray) -> None:
-        """A payload that lies in a mapped version is copied: the version may be let go before it has been sent."""
-        self.sent_bytes += len(payload)
-        self._router.send_multipart([identity, encode(given), bytes(payload)], copy=False)
 
     # Links.
 
@@ -355,12 +315,36 @@ class Relay:
         elif self._transfer is not None:
             assert self._pool is not None and self._buffer is not None, "a transfer has a buffer"
             self._pool.abandon(self._buffer)
-            version, self._transfer, self._buffer = self._transfer.version, None, None
+            version = self._transfer.version
+            self._transfer = self._giving.transfer = self._buffer = None
             self._tell_done(version)
+
+    def _begun(self, node: int, version: int, path: Path) -> None:
+        if node == self._node and self._held is not None:
+            self._held.begun(version, path)
+        self._newest[node] = version
+
+    def _written(self, node: int, version: int) -> None:
+        if node == self._node and self._held is not None:
+            self._held.written(version)
+        self._whole_at[node] = version
+        self._newest[node] = max(version, self._newest.get(node, -1))
+
+    def _failed(self, node: int, version: int) -> None:
+        if node == self._node and self._held is not None:
+            self._held.failed()
+        self._newest[node] = self._whole_at.get(node, -1)
+        under_way = self._transfer.version if self._transfer else self._opening[0] if self._opening else -1
+        if under_way == version:
+            self._give_up()
+
+    @property
+    def _waits_for_writing(self) -> bool:
+        return self._giving.waits_for_writing or (self._transfer is not None and bool(self._own))
 
     def _hold(self, holdings: Holdings) -> None:
         self._holdings = holdings
-        self._slices = holdings.slices()
+        self._slices = self._giving.slices = holdings.slices()
         self._needy = holdings.needy(self._serving)
 
     def _close(self) -> None:
@@ -369,7 +353,7 @@ class Relay:
         self._router.close()
         self._context.term()
         if self._pool is not None:
-            self._whole = self._transfer = None
+            self._giving.whole = self._transfer = self._giving.transfer = None
             self._pool.close()
         if self._held is not None:
             self._held.close()

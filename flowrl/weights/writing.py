@@ -20,10 +20,12 @@ from flowrl.weights.devices import Registered, copy_to_host
 from flowrl.weights.lending import Borrower, Lender
 from flowrl.weights.plan import Piece, Plan
 from flowrl.weights.pool import BufferPool, OnPublished
+from flowrl.weights.progress import Followed, Progress
 from flowrl.weights.ranks import Ranks, WeightsError, raise_for
 from flowrl.weights.store import WeightStore
 
 _CHUNK_BYTES = 1 << 20
+_STEP_BYTES = 32 << 20
 
 Locals = Mapping[str, torch.Tensor]
 
@@ -59,7 +61,7 @@ class Writer(Protocol):
 
 class PooledWriter:
     """publishers: of every node. store: this node's, on the rank that publishes there, None on its peers. root: the
-    store's."""
+    store's. followed: None on all ranks if no relay takes versions before they are whole."""
 
     def __init__(
         self,
@@ -70,8 +72,10 @@ class PooledWriter:
         store: WeightStore | None,
         companions: Sequence[Path],
         on_published: OnPublished,
+        followed: Followed | None,
     ) -> None:
         self._pieces = plan.pieces(ranks.rank)
+        self._end = plan.layout.num_bytes
         self._touched = [(piece.begin, piece.end) for piece in self._pieces]
         self._num_ranks = ranks.size
         self._publisher = publisher_of(ranks.rank, publishers)
@@ -81,13 +85,19 @@ class PooledWriter:
         self._registered: dict[int, Registered] = {}
         self._buffer: Buffer | None = None
         self._live: Sequence[int] = ()
+        self._version = -1
+        self._steps = _steps(self._pieces)
         self._key = -1
         self._lender = Lender(root, peers) if peers else None
         self._publishers = ranks.apart(publishers)
         ranks.agree(None, "lending buffers")
+        self._followed = followed
+        self._progress = Progress(root, ranks.rank - self._publisher) if followed is not None else None
         self._borrower = None if self._pool else Borrower(root, ranks.rank)
 
     def open(self, version: int) -> None:
+        if self._progress is not None:
+            self._progress.begin(version)
         if self._pool is None:
             assert self._borrower is not None, "either the pool's owner or one of its peers"
             lent = self._borrower.receive(self._touched)
@@ -104,13 +114,21 @@ class PooledWriter:
                 raise
             self._lend(self._buffer)
         self._keep(self._buffer.key, self._live, self._buffer.bytes)
+        if self._followed is not None:
+            self._version = version
+            self._followed.begun(version, self._buffer.path)
 
     def write(self, tensors: Locals) -> None:
         views = self._views[self._key]
         sources = [tensors[piece.name] for piece in self._pieces]
         if self._key not in self._registered and any(source.is_cuda for source in sources):
             self._registered[self._key] = Registered(views)
-        copy_to_host(zip(views, sources, strict=True))
+        pairs = list(zip(views, sources, strict=True))
+        if self._progress is None:
+            return copy_to_host(pairs)
+        for first, last in self._steps:
+            copy_to_host(pairs[first:last])
+            self._progress.reach(self._pieces[last].begin if last < len(pairs) else self._end)
 
     def agree(self, version: int, error: Exception | None) -> None:
         raise_for(error, self._failed(version, error is None), f"version {version}")
@@ -131,6 +149,8 @@ class PooledWriter:
         if self._pool is not None and self._buffer is not None:
             self._pool.abandon(self._buffer)
             self._buffer = None
+            if self._followed is not None:
+                self._followed.failed(self._version)
 
     def discard_newer_than(self, version: int) -> None:
         if self._pool is not None:
@@ -138,7 +158,7 @@ class PooledWriter:
 
     def close(self) -> None:
         self._forget([])
-        for end in (self._pool, self._lender, self._borrower, self._publishers):
+        for end in (self._pool, self._lender, self._borrower, self._publishers, self._progress):
             if end is not None:
                 end.close()
 
@@ -268,6 +288,19 @@ class FileWriter:
 def publisher_of(rank: int, publishers: Sequence[int]) -> int:
     """The nearest before it."""
     return max(publisher for publisher in publishers if publisher <= rank)
+
+
+def _steps(pieces: Sequence[Piece]) -> list[tuple[int, int]]:
+    """Runs [first, last) of pieces, after each of which it is worth to say how far one has come; one at least."""
+    steps, first, num_bytes = [], 0, 0
+    for index, piece in enumerate(pieces):
+        num_bytes += piece.kind.num_bytes
+        if num_bytes >= _STEP_BYTES:
+            steps.append((first, index + 1))
+            first, num_bytes = index + 1, 0
+    if first < len(pieces) or not steps:
+        steps.append((first, len(pieces)))
+    return steps
 
 
 def _view(file: torch.Tensor, piece: Piece) -> torch.Tensor:

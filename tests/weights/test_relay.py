@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -18,135 +15,22 @@ from hypothesis import strategies as st
 from flowrl.weights import relay as relay_module
 from flowrl.weights import transfer as transfer_module
 from flowrl.weights.delta import Encoding, decode, digest, encode, goes_whole
-from flowrl.weights.pool import BufferPool
-from flowrl.weights.relay import Relay
 from flowrl.weights.relay_wire import NO_BASE, Given, Opened
 from flowrl.weights.relay_wire import encode as wire
 from flowrl.weights.slices import Holdings, Slice, giver
-from flowrl.weights.store import WeightStore, reading
-from flowrl.weights.tensorfile import WEIGHTS_FILE
+from flowrl.weights.store import reading
 from flowrl.weights.transfer import Transfer, TransferFailed
-
-NUM_BYTES = 300_000
-SLICE = 16_384
-RNG = np.random.default_rng(0)
-
-
-class File:
-    file_name = WEIGHTS_FILE
-    header = b""
-    num_bytes = NUM_BYTES
-
-
-class Node:
-    """A node with a relay in a thread. ranges: what its trainer ranks write, if it has any."""
-
-    def __init__(
-        self, root: Path, number: int, holdings: Holdings, serving: list[int], is_late: bool, **settings: object
-    ) -> None:
-        self.number = number
-        self.ranges = holdings.ranges.get(number)
-        self.store = WeightStore(root / f"{number}", 3)
-        is_whole = len(holdings.ranges) == 1
-        self.written = self.store if is_whole else WeightStore(root / f"{number}-written", 3)
-        self.all: list[Node] = []
-        self.pool = BufferPool(self.written, File(), [], self.tell) if self.ranges else None
-        self.shown: list[int] = []
-        self.error: Exception | None = None
-        self.relay = Relay(
-            node=number,
-            serving=serving,
-            store=self.store,
-            written=self.written if self.ranges else None,
-            companions=[],
-            bind=f"ipc://{root}/relay-{number}",
-            on_published=lambda version, path: self.shown.append(version),
-            **settings,  # type: ignore[arg-type]
-        )
-        if not is_late:
-            self.relay.hold(holdings)
-        self.thread = threading.Thread(target=self.run, daemon=True)
-
-    def tell(self, version: int, path: Path) -> None:
-        """As the trainer announces a version that can be read."""
-        for node in self.all:
-            node.relay.written(self.number, version)
-
-    def run(self) -> None:
-        try:
-            self.relay.run()
-        except Exception as error:
-            self.error = error
-
-    def write(self, version: int, data: np.ndarray) -> None:
-        assert self.pool is not None and self.ranges is not None
-        buffer = self.pool.begin()
-        file = buffer.bytes.numpy()
-        for begin, end in self.ranges:
-            file[begin:end] = data[begin:end]
-        self.pool.commit(buffer, version, "")
-
-    def read(self, version: int) -> bytes:
-        return (self.store.path(version) / WEIGHTS_FILE).read_bytes()
-
-
-@contextmanager
-def cluster(
-    root: Path, holdings: Holdings, num_nodes: int, late: tuple[int, ...] = (), **settings: object
-) -> Iterator[list[Node]]:
-    """Short paths: sockets have room for 107 characters. late: nodes that are not told yet who holds what."""
-    serving = list(range(num_nodes))
-    nodes = [Node(root, number, holdings, serving, number in late, **settings) for number in serving]
-    for node in nodes:
-        node.all = nodes
-        for other in nodes:
-            node.relay.connect(other.number, other.relay.endpoint)
-        node.thread.start()
-    try:
-        yield nodes
-    finally:
-        for node in nodes:
-            node.relay.stop()
-            node.thread.join(20)
-            if node.pool is not None:
-                node.pool.close()
-            assert not node.thread.is_alive()
-
-
-@pytest.fixture(autouse=True)
-def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Holdings.slices
-    monkeypatch.setattr(Holdings, "slices", lambda self: whole(self, SLICE))
-
-
-def publish(nodes: list[Node], version: int, data: np.ndarray) -> None:
-    for node in nodes:
-        if node.ranges:
-            node.write(version, data)
-
-
-def wait_for(nodes: list[Node], version: int) -> None:
-    deadline = time.monotonic() + 30
-    for node in nodes:
-        while version not in node.shown:
-            assert node.error is None, node.error
-            assert time.monotonic() < deadline, f"node {node.number} has {node.shown}, not {version}"
-            time.sleep(0.002)
-
-
-def random_bytes() -> np.ndarray:
-    return RNG.integers(0, 256, NUM_BYTES, dtype=np.uint8)
-
-
-def slightly_changed(data: np.ndarray) -> np.ndarray:
-    """One low byte in a hundred words of two, as a small learning rate leaves bfloat16."""
-    changed = data.copy()
-    changed[RNG.choice(NUM_BYTES // 2, NUM_BYTES // 200, replace=False) * 2] ^= 1
-    return changed
-
-
-WHOLE = Holdings.of([0], [[(0, NUM_BYTES)]], NUM_BYTES)
-PARTS = Holdings.of([0, 1], [[(0, 70_001), (200_000, NUM_BYTES)], [(70_001, 200_000)]], NUM_BYTES)
+from tests.weights.cluster import (
+    NUM_BYTES,
+    PARTS,
+    RNG,
+    WHOLE,
+    cluster,
+    publish,
+    random_bytes,
+    slightly_changed,
+    wait_for,
+)
 
 
 def test_node_without_trainer_ranks_gets_every_byte(tmp_path: Path) -> None:
@@ -310,7 +194,7 @@ def test_word_of_a_version_that_was_overtaken_does_not_hide_the_newer_one(tmp_pa
 
         def cross() -> None:
             relay._opening = (1, {0}, time.monotonic() + 30)
-            relay._newest[0] = 2
+            relay._newest[0] = relay._whole_at[0] = 2
             relay._hear_opened(0, Opened(version=1, is_there=False))
 
         relay._mailbox.post(cross)
