@@ -5,6 +5,7 @@ Ranks meet at a file; FSDP2 shards; rank 0 has the store. What each case leaves 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -23,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from flowrl.weights.collective.giver import Terms
+from flowrl.weights.collective.group import Group
 from flowrl.weights.collective.writer import Collective
 from flowrl.weights.publish import Publisher
 from flowrl.weights.store import WeightStore
@@ -219,8 +221,11 @@ def engines_in(out: Path, meet: Callable[[dict[str, Any]], None]) -> None:
 
 
 def collective_case(rank: int, size: int, model_dir: Path, out: Path) -> None:
-    """Publishes to engines without any file, a version whenever a file `go-N` appears; ends with `end`."""
+    """Publishes to engines without any file, a version whenever a file `go-N` appears; ends with `end`. BENDS: a rank
+    whose bytes do not reach engines as they are."""
     lm = sharded(model_dir, size)
+    if os.environ.get("BENDS") == str(rank):
+        bend_what_is_sent()
     terms = Terms(torch.device("cpu"), "", float(os.environ.get("TIMEOUT_S", "20")))
     publisher = Publisher(
         lm,
@@ -248,6 +253,18 @@ def collective_case(rank: int, size: int, model_dir: Path, out: Path) -> None:
             save_file(state, out / "gathered.new")
             (out / "gathered.new").rename(out / f"gathered-{version}.safetensors")
     publisher.close()
+
+
+def bend_what_is_sent() -> None:
+    """The first bit of each part, always the same way."""
+    send = Group.send
+
+    def bent(group: Group, tensor: torch.Tensor, to: int, who: str) -> None:
+        other = tensor.clone()
+        other.view(torch.uint8)[0] ^= 1
+        send(group, other, to, who)
+
+    Group.send = bent  # type: ignore[method-assign]
 
 
 class Words(nn.Module):
@@ -284,6 +301,7 @@ def main(case: str, rank: int, size: int, model_dir: Path, out: Path) -> None:
         globals()[f"{case}_case"](rank, size, model_dir, out)
     finally:
         dist.destroy_process_group()
+        gc.collect()  # models refer to the group, whose threads must have ended before the interpreter does
 
 
 if __name__ == "__main__":

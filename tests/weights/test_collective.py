@@ -32,9 +32,10 @@ pytestmark = pytest.mark.timeout(120)
 class Party:
     """Trainer ranks and engines that share a directory."""
 
-    def __init__(self, model_dir: Path, out: Path, timeout_s: float) -> None:
+    def __init__(self, model_dir: Path, out: Path, timeout_s: float, bends: str) -> None:
         self.out = out
         self._timeout_s = timeout_s
+        self._bends = bends
         self.ranks = [
             self._start(
                 "rank_process", "collective", str(rank), str(NUM_RANKS), str(model_dir), str(out), log=f"rank-{rank}"
@@ -51,7 +52,7 @@ class Party:
         """What it says goes to a file of the directory."""
         environment = {
             **os.environ, "TIMEOUT_S": str(self._timeout_s), "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo",
-            "OMP_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": "1", "BENDS": self._bends,
         }  # fmt: skip
         command = [sys.executable, "-m", f"tests.weights.{module}", *arguments]
         with (self.out / f"said-{log}").open("ab") as said:
@@ -86,8 +87,9 @@ class Party:
 
 
 @contextmanager
-def party(model_dir: Path, out: Path, timeout_s: float = 20.0) -> Iterator[Party]:
-    opened = Party(model_dir, out, timeout_s)
+def party(model_dir: Path, out: Path, timeout_s: float = 20.0, bends: str = "") -> Iterator[Party]:
+    """bends: a rank, see `rank_process.py`."""
+    opened = Party(model_dir, out, timeout_s, bends)
     try:
         yield opened
     finally:
@@ -126,6 +128,16 @@ def test_an_engine_that_does_not_take_a_tensor_is_found_at_the_first_synchronisa
     with party(ranks_dir, tmp_path) as given:
         assert given.engine("a", "check-skips").wait(60) != 0
         given.wait_for_words("a", f"weights.check_first_sync: {SKIPPED} is not what was received for it")
+        assert not list(tmp_path.glob("served-*"))
+
+
+def test_bytes_that_do_not_arrive_as_a_rank_has_them_are_found_at_the_first_synchronisation(
+    ranks_dir: Path, tmp_path: Path
+) -> None:
+    """They arrive twice alike, so that the engine alone could not know."""
+    with party(ranks_dir, tmp_path, bends="1") as given:
+        assert given.engine("a", "check").wait(60) != 0
+        given.wait_for_words("a", "weights.check_first_sync: trainer ranks [1] have other bytes than came from them")
         assert not list(tmp_path.glob("served-*"))
 
 
