@@ -33,6 +33,7 @@ from transfer_queue.security import secure_client, secure_server
 
 _TICK_S = 1.0
 _WRITING_TICK_S = 0.001  # while somebody waits for what ranks are writing: they tell nobody how far they are
+_OWN_SLICES = 16
 _OPEN_TIMEOUT_S = 60.0
 _LINGER_MS = 500
 
@@ -236,14 +237,16 @@ class Relay:
         self._send_asks(self._transfer.asks())
 
     def _take_own(self, transfer: Transfer) -> None:
-        """What this node's own ranks have written of it by now, in the order in which they do."""
-        while self._own and self._held is not None:
+        """What this node's own ranks have written of it by now, in the order in which they do; some, and then others
+        are answered."""
+        for _ in range(min(_OWN_SLICES, len(self._own))):
+            assert self._held is not None, "there are ranks here"
             data = self._held.bytes_of(transfer.version, self._slices[self._own[0]])
             if data is None:
-                break
+                if not self._held.is_there(transfer.version):
+                    self._give_up()  # begun, and written over before it was shown
+                return
             transfer.put_local(self._own.popleft(), data)
-        if self._own and self._held is not None and not self._held.is_there(transfer.version):
-            self._give_up()  # begun, and never shown
 
     def _finish_if_whole(self, transfer: Transfer) -> None:
         if not transfer.is_complete or self._own or not self._is_agreed(transfer.version):
