@@ -23,6 +23,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"run: {str(arguments.run)!r}; has no {recipe_path.name}, so no run of this name, or not that node"
         )
+    if (arguments.run / "model").is_dir():
+        raise ValueError(f"run: {str(arguments.run)!r}; has trained to its end, so engines have nothing more to do")
     recipe = config.load(recipe_path)
     named = [node for pool in recipe.pools.values() for node in pool.nodes]
     built = pipeline.build(recipe, 1 + max(arguments.node, *named, 0))

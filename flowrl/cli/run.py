@@ -50,8 +50,19 @@ def describe(built: Pipeline) -> str:
         "Recipe": to_yaml(built.recipe).rstrip(),
         "Graph": graph_text(built.graph),
         "Placement": placement_text(built.workers, "rollout", "train"),
+        "Directory": directory_text(built.recipe),
     }
     return "\n\n".join(f"# {title}\n{text}" for title, text in sections.items())
+
+
+def directory_text(recipe: Recipe) -> str:
+    """Where the run would leave what it leaves, and whether it may."""
+    from flowrl.record.run_directory import recipe_name
+
+    directory = Path(recipe.run.dir) / recipe.run.name
+    if (directory / recipe_name(0)).exists():
+        return f"{directory} holds a run already: choose another run.name, move it away, or go on with it by --resume"
+    return f"{directory}, which is not there yet"
 
 
 def train(built: Pipeline, topology: Topology, is_resumed: bool) -> int:

@@ -15,12 +15,16 @@ from flowrl.config.recipe import Recipe
 
 
 def refuse_missing_code(recipe: Recipe) -> None:
-    """Raises ValueError naming the field of a file, module or name that is not there."""
+    """Raises ValueError naming the field of a file, module or name that is not there, and of a class that is no
+    stage."""
     for field, path in code_of(recipe):
         module, _, name = path.rpartition(":")
         source = _source(field, path, module)
         if source is not None:
-            _refuse_missing_name(field, path, source, name)
+            tree = _parsed(field, path, source)
+            _refuse_missing_name(field, path, source, tree, name)
+            if field.startswith("stages."):
+                _refuse_no_stage(field, path, tree, name)
 
 
 def code_of(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -55,17 +59,43 @@ def _source(field: str, path: str, module: str) -> Path | None:
     return Path(spec.origin) if spec.origin is not None and spec.origin.endswith(".py") else None
 
 
-def _refuse_missing_name(field: str, path: str, source: Path, name: str) -> None:
+def _parsed(field: str, path: str, source: Path) -> ast.Module:
     try:
-        tree = ast.parse(source.read_bytes(), str(source))
+        return ast.parse(source.read_bytes(), str(source))
     except SyntaxError as error:
         raise ValueError(f"{field}: {path!r}; line {error.lineno} of {source} is no Python: {error.msg}") from error
+
+
+def _refuse_missing_name(field: str, path: str, source: Path, tree: ast.Module, name: str) -> None:
     names = set(_names(tree))
     if name in names or names & {"*", "__getattr__"}:
         return
     near = difflib.get_close_matches(name, names, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise ValueError(f"{field}: {path!r}; {source} has no {name!r}{hint}")
+
+
+def _refuse_no_stage(field: str, path: str, tree: ast.Module, name: str) -> None:
+    """As far as its source says so: not of a class that has bases, decorators or a metaclass."""
+    for found in tree.body:
+        if not isinstance(found, ast.ClassDef) or found.name != name:
+            continue
+        if found.bases or found.keywords or found.decorator_list:
+            return
+        if "process" not in _names(found):
+            raise ValueError(f"{field}: {path!r}; the class has no process(self, rows), so it is no stage")
+        init = next(
+            (part for part in found.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"), None
+        )
+        if init is None or not _takes(init.args, 3):
+            raise ValueError(f"{field}: {path!r}; a stage's class has an __init__(self, context, settings)")
+
+
+def _takes(given: ast.arguments, count: int) -> bool:
+    """Whether a function can be called with so many arguments, by position."""
+    most = len(given.posonlyargs) + len(given.args)
+    is_enough = given.vararg is not None or count <= most
+    return is_enough and most - len(given.defaults) <= count and None not in given.kw_defaults
 
 
 def _names(node: ast.AST) -> Iterator[str]:

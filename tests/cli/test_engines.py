@@ -38,6 +38,14 @@ def test_engines_of_a_producer_are_counted_by_its_name(tmp_path: Path) -> None:
     assert read(run) == {"rollout": {"0": 2}, "more": {"0": 3}}
 
 
+def test_a_run_that_has_trained_to_its_end_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_of(tmp_path)
+    (run / "model").mkdir()
+    assert main(["engines", str(run), "2"]) != 0
+    assert "has trained to its end" in capsys.readouterr().err
+    assert read(run) == {}
+
+
 @pytest.mark.parametrize(
     ("overrides", "arguments", "message"),
     [

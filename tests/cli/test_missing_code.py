@@ -59,6 +59,52 @@ def test_what_is_not_there_is_refused_by_field_and_rule(run: str, said: str, min
         load_with_stage(run)
 
 
+STAGES = """
+class Whole:
+    def __init__(self, context, settings, more=1, *, other=2): ...
+    def process(self, rows): ...
+class Any:
+    def __init__(self, *given): ...
+    process = len
+class Inherits(Whole): ...
+class Processes:
+    def __init__(self, context, settings): ...
+    def proces(self, rows): ...
+class Bare:
+    def process(self, rows): ...
+class Few:
+    def __init__(self, settings): ...
+    def process(self, rows): ...
+class Many:
+    def __init__(self, context, settings, more): ...
+    def process(self, rows): ...
+class Named:
+    def __init__(self, context, settings, *, more): ...
+    def process(self, rows): ...
+def made(context, settings): ...
+"""
+
+
+@pytest.mark.parametrize("name", ["Whole", "Any", "Inherits", "made"])
+def test_what_can_be_a_stage_is_taken(name: str, mine: Path) -> None:
+    (mine / "stages.py").write_text(STAGES)
+    load_with_stage(f"stages.py:{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("Processes", r"no process\(self, rows\), so it is no stage")]
+    + [
+        (name, r"a stage's class has an __init__\(self, context, settings\)")
+        for name in ("Bare", "Few", "Many", "Named")
+    ],
+)
+def test_a_class_that_is_no_stage_is_refused_by_field_and_rule(name: str, said: str, mine: Path) -> None:
+    (mine / "stages.py").write_text(STAGES)
+    with pytest.raises(ValueError, match=rf"stages\.mine\.run: 'stages\.py:{name}'; .*{said}"):
+        load_with_stage(f"stages.py:{name}")
+
+
 def test_a_module_that_may_bind_anything_is_believed(mine: Path) -> None:
     (mine / "open.py").write_text("from json import *\n")
     (mine / "lazy.py").write_text("def __getattr__(name): ...\n")
