@@ -114,9 +114,11 @@ class Publishing:
         self.whole().export(path, writes=self._context.rank == 0)
 
     def close(self) -> None:
-        self.publisher.close()
-        if self.shelf is not None:
-            self.shelf.close()
+        try:
+            self.publisher.close()
+        finally:
+            if self.shelf is not None:
+                self.shelf.close()
 
     def _announce(self, version: int, path: Path) -> None:
         """The version is there to be taken. Possibly in the publisher's own thread."""

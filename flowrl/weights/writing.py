@@ -25,7 +25,7 @@ from flowrl.weights.ranks import Ranks, WeightsError, raise_for
 from flowrl.weights.store import WeightStore
 
 _CHUNK_BYTES = 1 << 20
-_STEP_BYTES = 32 << 20
+_STEP_BYTES = 64 << 20
 
 Locals = Mapping[str, torch.Tensor]
 
