@@ -37,12 +37,12 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = config.load(arguments.recipe, arguments.overrides)
     built = pipeline.build(recipe, topology.num_nodes)
     if arguments.dry_run:
-        print(describe(built))
+        print(describe(built, arguments.resume))
         return 0
     return train(built, topology, is_resumed=arguments.resume)
 
 
-def describe(built: Pipeline) -> str:
+def describe(built: Pipeline, is_resumed: bool) -> str:
     from controllers.drawing import graph_text, placement_text
     from flowrl.config import to_yaml
 
@@ -50,19 +50,22 @@ def describe(built: Pipeline) -> str:
         "Recipe": to_yaml(built.recipe).rstrip(),
         "Graph": graph_text(built.graph),
         "Placement": placement_text(built.workers, "rollout", "train"),
-        "Directory": directory_text(built.recipe),
+        "Directory": directory_text(built.recipe, is_resumed),
     }
     return "\n\n".join(f"# {title}\n{text}" for title, text in sections.items())
 
 
-def directory_text(recipe: Recipe) -> str:
+def directory_text(recipe: Recipe, is_resumed: bool) -> str:
     """Where the run would leave what it leaves, and whether it may."""
     from flowrl.record.run_directory import recipe_name
 
     directory = Path(recipe.run.dir) / recipe.run.name
-    if (directory / recipe_name(0)).exists():
+    is_there = (directory / recipe_name(0)).exists()
+    if is_resumed:
+        return f"{directory}, whose run goes on" if is_there else f"{directory} holds no run to resume"
+    if is_there:
         return f"{directory} holds a run already: choose another run.name, move it away, or go on with it by --resume"
-    return f"{directory}, which is not there yet"
+    return f"{directory}, which holds no run yet"
 
 
 def train(built: Pipeline, topology: Topology, is_resumed: bool) -> int:

@@ -76,19 +76,21 @@ def _refuse_missing_name(field: str, path: str, source: Path, tree: ast.Module, 
 
 
 def _refuse_no_stage(field: str, path: str, tree: ast.Module, name: str) -> None:
-    """As far as its source says so: not of a class that has bases, decorators or a metaclass."""
-    for found in tree.body:
-        if not isinstance(found, ast.ClassDef) or found.name != name:
-            continue
-        if found.bases or found.keywords or found.decorator_list:
-            return
-        if "process" not in _names(found):
-            raise ValueError(f"{field}: {path!r}; the class has no process(self, rows), so it is no stage")
-        init = next(
-            (part for part in found.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"), None
-        )
-        if init is None or not _takes(init.args, 3):
-            raise ValueError(f"{field}: {path!r}; a stage's class has an __init__(self, context, settings)")
+    """As far as its source says so: not of a class that has bases, decorators or a metaclass, or makes its attributes
+    or itself in another way."""
+    defined = [part for part in tree.body if isinstance(part, ast.ClassDef) and part.name == name]
+    if not defined:
+        return
+    found, names = defined[-1], set(_names(defined[-1]))
+    if found.bases or found.keywords or found.decorator_list or names & {"__getattr__", "__getattribute__", "__new__"}:
+        return
+    stored = {part.attr for part in ast.walk(found) if isinstance(part, ast.Attribute)}
+    if "process" not in names | stored:
+        raise ValueError(f"{field}: {path!r}; the class has no process(self, rows), so it is no stage")
+    inits = [part for part in found.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"]
+    takes_both = not inits or inits[-1].decorator_list or _takes(inits[-1].args, 3)
+    if "__init__" not in names or not takes_both:
+        raise ValueError(f"{field}: {path!r}; a stage's class has an __init__(self, context, settings)")
 
 
 def _takes(given: ast.arguments, count: int) -> bool:

@@ -60,6 +60,7 @@ def make_relay(context: WorkerContext, recipe: Recipe, route: Route) -> Relay:
 
 
 def written_topic(node: int) -> str:
+    """What becomes of the versions that its ranks write, in one topic, so that it is heard in its order."""
     return f"weights/written/{node}"
 
 

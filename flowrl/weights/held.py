@@ -1,4 +1,4 @@
-"""Versions that a relay holds open: as long as it does, nobody writes to their files again.
+"""Versions that a relay holds open: as long as it does, nobody writes to their files again, once they are whole.
 
 begun -> written                         whole
 begun, held                              unsure: bytes are given as far as the ranks have come

@@ -1,8 +1,8 @@
 """Between the rank that publishes on a node and the node's other ranks: a buffer to write to, and whether all have.
 
-    lender -> borrowers      key, live keys (and the open file, the first time); or that there is no buffer
+    lender -> borrowers      LENT: key, live keys (and the open file, the first time); or REFUSED: there is no buffer
     borrowers -> lender      version, whether it is written
-    lender -> borrowers      version, the ranks that could not: none, and it becomes visible
+    lender -> borrowers      VERDICT: version, the ranks that could not: none, and it becomes visible
 
 A socket that the kernel passes on at once, because what the trainer's ranks say to each other in between counts: for
 small models a collective takes as long as the weights.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from array import array
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -27,11 +28,11 @@ from flowrl.weights.mappings import short_path
 logger = logging.getLogger(__name__)
 
 _NAME = ".buffers"
-_NO_BUFFER = -1
+_LENT, _REFUSED, _VERDICT = range(3)
 _MESSAGE_BYTES = 1 << 16
 _TIMEOUT_S = 120.0
-_VERDICT_TIMEOUT_S = 600.0
-"""Longer, because it includes what lenders wait for their peers, and for each other."""
+_BORROWER_TIMEOUT_S = 600.0
+"""Longer, because it includes what the lender waits for: a buffer to be made, other peers."""
 
 
 class Lent(NamedTuple):
@@ -43,7 +44,7 @@ class Lent(NamedTuple):
 
 
 class Lender:
-    """For the ranks `peers`, through a socket in `root`. Waits for each of them for two minutes at most."""
+    """For the ranks `peers`, through a socket in `root`. Waits for them for two minutes at most."""
 
     def __init__(self, root: Path, peers: Sequence[int]) -> None:
         self._sockets: dict[int, socket.socket] = {}
@@ -59,28 +60,31 @@ class Lender:
 
     def send(self, key: int, live: Sequence[int], fd: int) -> None:
         """Raises TimeoutError if a rank has never come. One that has gone will not say that it has written."""
+        self._meet()
         fds = [] if key in self._lent else [fd]
-        self._send([key, *live], fds)
+        self._send([_LENT, key, *live], fds)
         self._lent = {key, *self._lent.intersection(live)}
 
     def refuse(self) -> None:
         """There is no buffer for this version."""
-        self._send([_NO_BUFFER], [])
+        self._meet()
+        self._send([_REFUSED], [])
 
     def failed(self, version: int) -> list[int]:
         """The peers that have not written the version, once all have said so or have gone."""
-        return [rank for rank in self._peers if not self._has_written(rank, version)]
+        deadline = time.monotonic() + _TIMEOUT_S
+        return [rank for rank in self._peers if not self._has_written(rank, version, deadline)]
 
     def tell(self, version: int, failed: Iterable[int]) -> None:
-        """The ranks, of all nodes, that could not."""
-        self._send([version, *failed], [])
+        """The ranks that could not."""
+        self._send([_VERDICT, version, *failed], [])
 
     def close(self) -> None:
         for opened in (*self._sockets.values(), self._listener):
             opened.close()
         self._path.unlink(missing_ok=True)
 
-    def _send(self, numbers: Sequence[int], fds: list[int]) -> None:
+    def _meet(self) -> None:
         while len(self._sockets) < len(self._peers):
             try:
                 peer, _ = self._listener.accept()
@@ -90,17 +94,23 @@ class Lender:
             peer.settimeout(_TIMEOUT_S)
             (rank,) = _receive(peer)
             self._sockets[rank] = peer
+
+    def _send(self, numbers: Sequence[int], fds: list[int]) -> None:
+        """To those that have come."""
         for peer in self._sockets.values():
             with suppress(ConnectionError):
                 socket.send_fds(peer, [array("q", numbers).tobytes()], fds)
 
-    def _has_written(self, rank: int, version: int) -> bool:
+    def _has_written(self, rank: int, version: int, deadline: float) -> bool:
+        if rank not in self._sockets:
+            return False  # it has never come
+        peer = self._sockets[rank]
         try:
-            about, is_written = _receive(self._sockets[rank])
-            while about < version:  # what came after its time was up
-                about, is_written = _receive(self._sockets[rank])
-        except KeyError:
-            return False  # has never come
+            about = is_written = -1
+            while about < version:  # skips what came after its time was up
+                peer.settimeout(max(0.001, deadline - time.monotonic()))
+                about, is_written = _receive(peer)
+            peer.settimeout(_TIMEOUT_S)
         except OSError as error:
             logger.warning("weights: rank %d does not say whether it has written version %d: %s", rank, version, error)
             return False
@@ -112,36 +122,40 @@ class Borrower:
 
     def __init__(self, root: Path, rank: int) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.settimeout(_BORROWER_TIMEOUT_S)
         with short_path(root, _NAME) as address:
             self._socket.connect(address)
         _send(self._socket, [rank])
 
     def receive(self, touched: Sequence[tuple[int, int]]) -> Lent | None:
         """The file is mapped, and what will be `touched` faulted in. None if there is no buffer for this version."""
-        self._socket.settimeout(_TIMEOUT_S)
         message, fds, _, _ = socket.recv_fds(self._socket, _MESSAGE_BYTES, 1)
-        key, *live = _numbers(message)
-        if key == _NO_BUFFER:
-            return None
         try:
-            file = map_bytes(fds[0], touched) if fds else None
+            kind, *numbers = _numbers(message)
+            if kind == _REFUSED:
+                return None
+            _expect(kind == _LENT)
+            return Lent(numbers[0], numbers[1:], map_bytes(fds[0], touched) if fds else None)
         finally:
             for fd in fds:
                 os.close(fd)
-        return Lent(key, live, file)
 
     def report(self, version: int, is_written: bool) -> None:
         _send(self._socket, [version, is_written])
 
     def failed(self, version: int) -> list[int]:
-        """The ranks, of all nodes, that have not written the version, once that is known."""
-        self._socket.settimeout(_VERDICT_TIMEOUT_S)
-        about, *ranks = _receive(self._socket)
-        assert about == version, "told in the order of versions"
-        return ranks
+        """The ranks that have not written the version, once that is known."""
+        kind, *numbers = _receive(self._socket)
+        _expect(kind == _VERDICT and numbers[0] == version)
+        return numbers[1:]
 
     def close(self) -> None:
         self._socket.close()
+
+
+def _expect(is_in_turn: bool) -> None:
+    if not is_in_turn:
+        raise ConnectionError("the other end is at another version")
 
 
 def _send(to: socket.socket, numbers: Sequence[int]) -> None:

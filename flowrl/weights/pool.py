@@ -122,11 +122,17 @@ class BufferPool:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Leaves what is visible; removes the rest."""
+        """Shows what has waited for a reader, since no buffer is needed after it; leaves what is visible, and removes
+        the rest."""
         with self._changed:
             self._is_closed = True
+            waited = self._in_state(BufferState.PENDING)
+            for buffer in waited:
+                self._expose(buffer)
             self._changed.notify_all()
         self._thread.join()
+        for buffer in waited:
+            self._on_published(self._versions[buffer], buffer.path)
         self._readers.close()
         for buffer, state in self._states.items():
             if state is not BufferState.VISIBLE:
@@ -176,14 +182,16 @@ class BufferPool:
         (buffer,) = self._in_state(BufferState.PENDING)
         if not self._in_state(BufferState.FREE) and len(self._states) > self._store.buffers and not self._retire():
             return False
-        version = self._versions[buffer]
-        buffer.move(self._store.root / version_name(version))
-        self._states[buffer] = BufferState.VISIBLE
+        self._expose(buffer)
         mine = {self._versions[other] for other in self._in_state(BufferState.VISIBLE)}
         for old in self._store.versions()[: -self._store.buffers]:
             if old not in mine:  # of a writer before this one
                 self._store.remove(self._store.path(old))
         return True
+
+    def _expose(self, buffer: Buffer) -> None:
+        buffer.move(self._store.root / version_name(self._versions[buffer]))
+        self._states[buffer] = BufferState.VISIBLE
 
     def _retire(self) -> bool:
         """Takes back a version, an old one first, that nobody reads; never the newest that is visible."""

@@ -25,7 +25,8 @@ _TO_COME = 1 << 62
 @dataclass(frozen=True)
 class Followed:
     """What a node's relay is told, by the rank that publishes there, beside what is published. begun(version, path): it
-    is being written to, in that directory. failed(version): it will not be published."""
+    is being written to, in that directory. failed(version): it will not be published, nor written again under its
+    number."""
 
     begun: Callable[[int, Path], None]
     failed: Callable[[int], None]

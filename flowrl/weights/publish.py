@@ -109,11 +109,12 @@ class Publisher:
         return self.finish()
 
     def begin(self, version: int, *, pin: str = "") -> None:
-        """On every rank, with parameters sharded. Returns as soon as they may change again, without having waited for
-        another rank; the version is agreed upon and made visible in the background.
+        """On every rank, with parameters sharded. Returns as soon as they may change again; the version is agreed upon
+        and made visible in the background. Waits for other ranks the first time, until the version before has been
+        agreed upon, and where versions are files on a disk.
 
-        pin: a name under which the version is kept until it is unpinned. Raises what `finish` does, if the version
-        before is still on its way: of that one.
+        pin: a name under which the version is kept until it is unpinned. Raises what `finish` does, of the version
+        before.
         """
         self.finish()
         if self._writer is None:

@@ -16,22 +16,19 @@ _TIMEOUT = timedelta(minutes=5)
 
 
 class Ranks:
-    """`rank` is this one's among `members`, the ranks of the world that has been joined; a single one if none has."""
+    """The world that has been joined, or a single rank if none has. `_group`: the world's own, if None."""
 
-    def __init__(self, members: Sequence[int] | None = None, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         is_joined = dist.is_available() and dist.is_initialized()
-        world = dist.get_world_size() if is_joined else 1
-        self.members = list(range(world)) if members is None else list(members)
-        self.size = len(self.members)
-        mine = dist.get_rank() if is_joined else 0
-        self.rank = self.members.index(mine) if mine in self.members else -1
+        self.rank = dist.get_rank() if is_joined else 0
+        self.size = dist.get_world_size() if is_joined else 1
         self._group = group
 
-    def apart(self, members: Sequence[int] | None = None) -> Ranks:
-        """On every rank of the world: some of them, or all, with connections of their own, so that what one thread says
-        there may pass what another says elsewhere. To be closed."""
-        members = self.members if members is None else members
-        return Ranks(members, dist.new_group(members, _TIMEOUT, "gloo") if len(members) > 1 else None)
+    def apart(self) -> Ranks:
+        """On every rank: the same ranks, with connections of their own, so that what one thread says there may pass
+        what another says elsewhere. To be closed. (Of all ranks: a group without some of them is, beside NCCL, a
+        collective on those that are not in it.)"""
+        return Ranks(dist.new_group(None, _TIMEOUT, "gloo") if self.size > 1 else None)
 
     def close(self) -> None:
         """Their own connections, if they have some."""
@@ -57,13 +54,8 @@ class Ranks:
 
     def agree(self, error: Exception | None, what: str) -> None:
         """On every rank: raises this rank's error, or one naming the ranks that have one."""
-        raised = self.gather_numbers([error is not None])
-        raise_for(error, [rank for rank, (code,) in zip(self.members, raised, strict=True) if code], what)
-
-    def union(self, failed: Collection[int], num: int) -> list[int]:
-        """Of what every rank gives, numbers below `num`, in order."""
-        given = self.gather_numbers([number in failed for number in range(num)])
-        return [number for number, said in enumerate(zip(*given, strict=True)) if any(said)]
+        failed = [rank for rank, (code,) in enumerate(self.gather_numbers([error is not None])) if code]
+        raise_for(error, failed, what)
 
 
 def raise_for(error: Exception | None, failed: Collection[int], what: str) -> None:

@@ -85,7 +85,7 @@ class Relay:
         self._holdings: Holdings | None = None
         self._slices: list[Slice] = []
         self._needy: list[int] = []
-        self._newest: dict[int, int] = {}
+        self._newest: dict[int, int] = {}  # by node, what its ranks have at least begun; and what they have shown
         self._whole_at: dict[int, int] = {}
         self._peers: dict[int, zmq.Socket[bytes]] = {}
         self._pool: BufferPool | None = None
@@ -97,6 +97,7 @@ class Relay:
         found = store.latest()
         self._last = -1 if found is None or written is store else found.version
         self._own: deque[int] = deque()
+        self._done = -1
         self.received_bytes: dict[int, int] = {}
         self._context = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
@@ -159,12 +160,11 @@ class Relay:
                 answer, *payload = peer.recv_multipart()
                 self._hear(node, decode_answer(answer), payload)
         self._giving.retry()
-        self._look_for_newer()
         if self._transfer is not None:
-            self._send_asks(self._transfer.overdue())
             self._take_own(self._transfer)
         if self._transfer is not None:
             self._finish_if_whole(self._transfer)
+        self._look_for_newer()
         if self._opening is not None and time.monotonic() > self._opening[2]:
             raise TransferFailed(f"nodes {sorted(self._opening[1])} have not opened version {self._opening[0]} in time")
 
@@ -193,8 +193,9 @@ class Relay:
         elif self._transfer is None or answer.version != self._transfer.version:
             return  # of a transfer that has been given up
         elif isinstance(answer, Gone):
-            if self._slices[answer.index].owner == node and self._whole_at.get(node) != answer.version:
-                self._give_up()  # it was begun, and written over before it was shown
+            is_held = self._whole_at.get(node) == self._newest.get(node) == answer.version
+            if self._slices[answer.index].owner == node and not is_held:
+                self._give_up()  # it was begun, and may have been written over before it was shown
             else:
                 self._send_asks(self._transfer.gone(answer.index))
         else:
@@ -211,8 +212,8 @@ class Relay:
             self._opening = None
             if self._newest.get(node, version) > version:
                 self._last = version  # it cannot be had any more; word of a newer one has come meanwhile
-            else:
-                self._newest.pop(node, None)  # until it announces the one that has replaced it
+            else:  # it was begun and is gone; or the node has yet to hear of it itself, and is asked again
+                self._newest[node] = self._whole_at.get(node, -1)
             self._tell_done(version)
             return
         waited_for.discard(node)
@@ -249,14 +250,22 @@ class Relay:
             transfer.put_local(self._own.popleft(), data)
 
     def _finish_if_whole(self, transfer: Transfer) -> None:
-        if not transfer.is_complete or self._own or not self._is_agreed(transfer.version):
+        is_agreed = self._is_agreed(transfer.version)
+        if not transfer.is_complete or self._own:
+            if is_agreed:
+                self._send_asks(transfer.overdue())
+            return
+        if self._done != transfer.version:
+            # Also before all have agreed: it may wait there for a buffer that is held for this node.
+            self._done = transfer.version
+            self._tell_done(transfer.version)
+        if not is_agreed:
             return
         buffer = self._buffer
         assert buffer is not None and self._pool is not None
         self.received_bytes[transfer.version] = transfer.num_received_bytes
         self._note(transfer)
         self._last = transfer.version
-        self._tell_done(transfer.version)
         path = self._pool.commit(buffer, transfer.version, self._pin_of(transfer.version))
         # A version that waits for a reader may be written over; then the one before stays the base.
         if path is not None:

@@ -3,7 +3,7 @@
     root/v00000012/            model.safetensors, beside links to config and tokenizer: a Hugging Face directory; or
                                adapter_model.safetensors, what peft keeps of a model that is elsewhere
     root/pins/eval/v00000012/  the same files, kept until they are unpinned
-    root/.…                    being written, waiting, being removed; no reader looks there
+    root/.…                    being written, waiting, being removed; no reader looks there but the node's relay
 
 One process of a node publishes, any number reads. A file is never written to while somebody can read it: a reader that
 has it open or mapped keeps it as it is after its name has gone, and one that comes too late finds no file at all.

@@ -54,6 +54,7 @@ class Transfer:
         self._into = into
         self._missing = {index for index, part in enumerate(slices) if part.owner != node}
         self._asked: dict[int, tuple[int, float]] = {}
+        self._is_written = False
         self._retried: set[int] = set()
         self._queues: dict[int, deque[int]] = {}
         givers = {index: giver(index, slices[index].owner, needy, node) for index in sorted(self._missing)}
@@ -92,8 +93,8 @@ class Transfer:
 
     def given(self, answer: Given, payload: bytes) -> list[Wanted]:
         """Puts it in its place. What does not have its digest is asked for once more, whole and from its owner."""
-        if answer.index not in self._missing:
-            return []
+        if answer.index not in self._asked:
+            return []  # to a transfer of this version that was given up
         part = self._slices[answer.index]
         of, _ = self._asked.pop(answer.index)
         self.num_received_bytes += len(payload)
@@ -118,7 +119,7 @@ class Transfer:
 
     def gone(self, index: int) -> list[Wanted]:
         """The node that was asked has it no longer. Raises TransferFailed if that is its owner."""
-        if index not in self._missing:
+        if index not in self._asked:
             return []
         of, _ = self._asked.pop(index)
         owner = self._slices[index].owner
@@ -127,8 +128,13 @@ class Transfer:
         return [self._ask(owner, index, NO_BASE)]
 
     def overdue(self) -> list[Wanted]:
-        """Raises TransferFailed, naming the node, if an owner does not answer; a fellow is given up on."""
+        """To be asked only once all of the version is written: until then nobody is late, so the first call gives
+        everybody their time anew. Raises TransferFailed, naming the node, if an owner does not answer; a fellow is
+        given up on."""
         now = time.monotonic()
+        if not self._is_written:
+            self._is_written = True
+            self._asked = {index: (of, now + self._limit_s(of, index)) for index, (of, _) in self._asked.items()}
         late = [(index, of) for index, (of, due) in self._asked.items() if due < now]
         for index, of in late:
             if of == self._slices[index].owner:
@@ -136,6 +142,8 @@ class Transfer:
         return [wanted for index, _ in late for wanted in self.gone(index)]
 
     def _ask(self, of: int, index: int, base: int) -> Wanted:
-        limit_s = OWNER_TIMEOUT_S if of == self._slices[index].owner else FELLOW_TIMEOUT_S
-        self._asked[index] = (of, time.monotonic() + limit_s)
+        self._asked[index] = (of, time.monotonic() + self._limit_s(of, index))
         return Wanted(of, Ask(self.version, index, base))
+
+    def _limit_s(self, of: int, index: int) -> float:
+        return OWNER_TIMEOUT_S if of == self._slices[index].owner else FELLOW_TIMEOUT_S

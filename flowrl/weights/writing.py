@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
@@ -77,7 +78,6 @@ class PooledWriter:
         self._pieces = plan.pieces(ranks.rank)
         self._end = plan.layout.num_bytes
         self._touched = [(piece.begin, piece.end) for piece in self._pieces]
-        self._num_ranks = ranks.size
         self._publisher = publisher_of(ranks.rank, publishers)
         peers = [rank for rank in range(ranks.size) if publisher_of(rank, publishers) == ranks.rank != rank]
         self._pool = None if store is None else BufferPool(store, plan.layout, companions, on_published)
@@ -85,17 +85,18 @@ class PooledWriter:
         self._registered: dict[int, Registered] = {}
         self._buffer: Buffer | None = None
         self._live: Sequence[int] = ()
-        self._version = -1
+        self._begun: int | None = None
         self._steps = _steps(self._pieces)
         self._key = -1
         self._lender = Lender(root, peers) if peers else None
-        self._publishers = ranks.apart(publishers)
+        self._ranks = ranks.apart() if len(publishers) > 1 else None
         ranks.agree(None, "lending buffers")
         self._followed = followed
         self._progress = Progress(root, ranks.rank - self._publisher) if followed is not None else None
         self._borrower = None if self._pool else Borrower(root, ranks.rank)
 
     def open(self, version: int) -> None:
+        self._begun = None
         if self._progress is not None:
             self._progress.begin(version)
         if self._pool is None:
@@ -115,7 +116,7 @@ class PooledWriter:
             self._lend(self._buffer)
         self._keep(self._buffer.key, self._live, self._buffer.bytes)
         if self._followed is not None:
-            self._version = version
+            self._begun = version
             self._followed.begun(version, self._buffer.path)
 
     def write(self, tensors: Locals) -> None:
@@ -131,13 +132,16 @@ class PooledWriter:
             self._progress.reach(self._pieces[last].begin if last < len(pairs) else self._end)
 
     def agree(self, version: int, error: Exception | None) -> None:
+        if self._ranks is not None:  # on several nodes
+            return self._ranks.agree(error, f"version {version}")
         raise_for(error, self._failed(version, error is None), f"version {version}")
 
     def commit(self, version: int, pin: str) -> Path | None:
         if self._pool is None:
             return None
-        assert self._buffer is not None, "opened before"
-        path = self._pool.commit(self._buffer, version, pin)
+        buffer, self._buffer = self._buffer, None
+        assert buffer is not None, "opened before"
+        path = self._pool.commit(buffer, version, pin)
         # The next one at once: ranks that had to wait for it would run one after the other where cores are few, because
         # the kernel takes whoever wakes somebody else to be about to sleep.
         self._buffer = self._pool.begin_early()
@@ -149,18 +153,19 @@ class PooledWriter:
         if self._pool is not None and self._buffer is not None:
             self._pool.abandon(self._buffer)
             self._buffer = None
-            if self._followed is not None:
-                self._followed.failed(self._version)
+            if self._followed is not None and self._begun is not None:
+                self._followed.failed(self._begun)
 
     def discard_newer_than(self, version: int) -> None:
         if self._pool is not None:
             self._pool.discard_newer_than(version)
 
     def close(self) -> None:
-        self._forget([])
-        for end in (self._pool, self._lender, self._borrower, self._publishers, self._progress):
-            if end is not None:
-                end.close()
+        with ExitStack() as stack:  # all of them, whatever one raises
+            for end in (self._progress, self._ranks, self._borrower, self._lender, self._pool):
+                if end is not None:
+                    stack.callback(end.close)
+            self._forget([])
 
     def _lend(self, buffer: Buffer) -> None:
         assert self._pool is not None, "of the pool's owner"
@@ -169,8 +174,7 @@ class PooledWriter:
             self._lender.send(buffer.key, self._live, buffer.fd)
 
     def _failed(self, version: int, is_written: bool) -> Collection[int]:
-        """The ranks that could not write it. A node's peers tell its publisher, publishers each other and then their
-        peers."""
+        """The ranks that could not write it. Peers tell the one that publishes, and it tells them."""
         if self._borrower is not None:
             try:
                 self._borrower.report(version, is_written)
@@ -180,7 +184,6 @@ class PooledWriter:
         failed = [] if is_written else [self._publisher]
         if self._lender is not None:
             failed += self._lender.failed(version)
-        failed = self._publishers.union(failed, self._num_ranks)
         if self._lender is not None:
             self._lender.tell(version, failed)
         return failed
@@ -219,7 +222,7 @@ class FileWriter:
         self._store = store
         self._companions = companions
         self._on_published = on_published
-        self._staging = Path()
+        self._staging: Path | None = None
         if store is not None:
             store.prepare()
 
@@ -234,6 +237,7 @@ class FileWriter:
         self._ranks.agree(error, f"version {version}")
 
     def write(self, tensors: Locals) -> None:
+        assert self._staging is not None, "opened before"
         fd = os.open(self._staging / self._layout.file_name, os.O_WRONLY | os.O_CLOEXEC)
         try:
             for piece in self._pieces:
@@ -249,6 +253,7 @@ class FileWriter:
     def commit(self, version: int, pin: str) -> Path | None:
         if self._store is None:
             return None
+        assert self._staging is not None, "opened before"
         path = self._store.path(version)
         if path.exists():
             self.abandon()
@@ -263,7 +268,7 @@ class FileWriter:
         return path
 
     def abandon(self) -> None:
-        if self._store is not None:
+        if self._store is not None and self._staging is not None:
             shutil.rmtree(self._staging, ignore_errors=True)
 
     def discard_newer_than(self, version: int) -> None:
@@ -275,6 +280,7 @@ class FileWriter:
         self._ranks.close()
 
     def _make_staging(self) -> None:
+        assert self._staging is not None, "it has a name"
         self._staging.mkdir(parents=True)
         try:
             for source in self._companions:

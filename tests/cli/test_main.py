@@ -43,7 +43,7 @@ def test_dry_run_shows_recipe_graph_and_placement_and_starts_nothing(tmp_path: P
     assert "max: 5" in done.stdout
     assert "rollout" in done.stdout and "advantage" in done.stdout
     assert "train.0.0" in done.stdout
-    assert f"{tmp_path}/runs/quickstart, which is not there yet" in done.stdout
+    assert f"{tmp_path}/runs/quickstart, which holds no run yet" in done.stdout
     assert not (tmp_path / "runs").exists()
 
 
@@ -53,6 +53,8 @@ def test_dry_run_says_that_a_run_of_this_name_is_there(tmp_path: Path) -> None:
     done = flowrl("run", QUICKSTART, "--dry-run", f"run.dir={tmp_path}/runs")
     assert done.returncode == 0, done.stderr
     assert f"{tmp_path}/runs/quickstart holds a run already" in done.stdout and "--resume" in done.stdout
+    done = flowrl("run", QUICKSTART, "--dry-run", "--resume", f"run.dir={tmp_path}/runs")
+    assert f"{tmp_path}/runs/quickstart, whose run goes on" in done.stdout
 
 
 @pytest.mark.parametrize(

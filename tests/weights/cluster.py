@@ -34,13 +34,20 @@ class Node:
     """A node with a relay in a thread. ranges: what its trainer ranks write, if it has any."""
 
     def __init__(
-        self, root: Path, number: int, holdings: Holdings, serving: list[int], is_late: bool, **settings: object
+        self,
+        root: Path,
+        number: int,
+        holdings: Holdings,
+        serving: list[int],
+        is_late: bool,
+        buffers: int,
+        **settings: object,
     ) -> None:
         self.number = number
         self.ranges = holdings.ranges.get(number)
-        self.store = WeightStore(root / f"{number}", 3)
+        self.store = WeightStore(root / f"{number}", buffers)
         is_whole = len(holdings.ranges) == 1
-        self.written = self.store if is_whole else WeightStore(root / f"{number}-written", 3)
+        self.written = self.store if is_whole else WeightStore(root / f"{number}-written", buffers)
         self.all: list[Node] = []
         self.pool = BufferPool(self.written, File(), [], self.tell) if self.ranges else None
         self.progress: Progress | None = None
@@ -115,14 +122,14 @@ class Node:
 
 @contextmanager
 def cluster(
-    root: Path, holdings: Holdings, num_nodes: int, late: tuple[int, ...] = (), **settings: object
+    root: Path, holdings: Holdings, num_nodes: int, late: tuple[int, ...] = (), buffers: int = 3, **settings: object
 ) -> Iterator[list[Node]]:
     """Short paths: sockets have room for 107 characters. late: nodes that are not told yet who holds what."""
     whole = Holdings.slices
     patch = pytest.MonkeyPatch()
     patch.setattr(Holdings, "slices", lambda self: whole(self, SLICE))
     serving = list(range(num_nodes))
-    nodes = [Node(root, number, holdings, serving, number in late, **settings) for number in serving]
+    nodes = [Node(root, number, holdings, serving, number in late, buffers, **settings) for number in serving]
     for node in nodes:
         node.all = nodes
         for other in nodes:

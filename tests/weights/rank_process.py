@@ -190,6 +190,21 @@ def killed_case(rank: int, size: int, model_dir: Path, out: Path, when: str = "w
         publisher.close()  # its threads must not meet the interpreter's end
 
 
+def nodes_killed_case(rank: int, size: int, model_dir: Path, out: Path) -> None:
+    """Two ranks a node; the first of the second node dies when it has written its part."""
+    store = WeightStore(out / f"weights-{rank}", 2) if rank % 2 == 0 else None
+    publisher = Publisher(sharded(model_dir, size), model_dir, store, "bfloat16")
+    publisher.publish(0)
+    if rank == 2:
+        publisher._writer.agree = lambda *_: os._exit(9)
+    try:
+        publisher.publish(1)
+    except RuntimeError as error:
+        (out / f"error-{rank}").write_text(str(error))
+    finally:
+        publisher.close()
+
+
 def killed_late_case(rank: int, size: int, model_dir: Path, out: Path) -> None:
     """When it has written all of its part, and has told nobody yet."""
     killed_case(rank, size, model_dir, out, "agree")

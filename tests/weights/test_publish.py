@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from flowrl.weights.progress import Followed, ProgressReader
 from flowrl.weights.publish import Publisher
 from flowrl.weights.ranks import WeightsError
-from flowrl.weights.store import WeightStore
+from flowrl.weights.store import WeightStore, reading
+from flowrl.weights.writing import PooledWriter
 
 TOKENS = torch.tensor([[5, 9, 2, 40]])
 
@@ -151,6 +153,52 @@ def test_second_version_holds_the_new_weights(model_dir: Path, tmp_path: Path) -
         assert all(torch.equal(published[name], parameter) for name, parameter in lm.named_parameters())
         del published
     publisher.close()
+
+
+def test_whoever_follows_hears_of_what_is_begun_and_what_fails(model_dir: Path, tmp_path: Path) -> None:
+    said: list[object] = []
+    followed = Followed(lambda version, path: said.append(("begun", version, path.is_dir())), said.append)
+    lm = moved_model(model_dir)
+    publisher = Publisher(lm, model_dir, WeightStore(tmp_path, 2), "float32", followed=followed)
+    publisher.publish(0)
+    reader = ProgressReader(tmp_path)
+    assert (reader.before(0), said) == (publisher.num_bytes, [("begun", 0, True)])
+    writer = publisher._writer
+    assert isinstance(writer, PooledWriter) and writer._pool is not None
+    write, begin = writer.write, writer._pool.begin
+
+    def broken(*_: object) -> None:
+        raise OSError("no memory")
+
+    writer.write = broken  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="no memory"):
+        publisher.publish(1)
+    assert said[1:] == [("begun", 1, True), 1]
+    writer._pool.begin = broken  # type: ignore[method-assign, assignment]
+    with pytest.raises(OSError, match="no memory"):
+        publisher.publish(2)
+    assert said[3:] == [], "of a version that was never begun nobody has to hear that it failed"
+    writer.write, writer._pool.begin = write, begin  # type: ignore[method-assign]
+    assert publisher.publish(3) is not None
+    with pytest.raises(ValueError, match="3 is published"):
+        publisher.publish(3)
+    assert publisher.publish(4) is not None
+    reader.close()
+    publisher.close()
+
+
+def test_last_version_that_waits_for_a_reader_is_shown_in_the_end(model_dir: Path, tmp_path: Path) -> None:
+    store, shown = WeightStore(tmp_path, 2), []
+    publisher = Publisher(
+        moved_model(model_dir), model_dir, store, "float32", on_published=lambda version, path: shown.append(version)
+    )
+    for version in (0, 1):
+        publisher.publish(version)
+    with reading(store.path(0)):
+        assert publisher.publish(2) is None and shown == [0, 1]
+        publisher.close()
+    assert shown == [0, 1, 2] and store.versions() == [0, 1, 2]
+    assert set(load_file(store.path(2) / "model.safetensors")) == set(load_file(model_dir / "model.safetensors"))
 
 
 def test_directory_on_disk_needs_no_shared_memory(model_dir: Path, tmp_path: Path) -> None:

@@ -111,6 +111,13 @@ def test_rank_that_dies_leaves_the_old_version_in_force(case: str, ranks_dir: Pa
     assert WeightStore(tmp_path / "weights", 2).versions() == [0]
 
 
+def test_rank_of_another_node_that_dies_is_an_error_of_all(ranks_dir: Path, tmp_path: Path) -> None:
+    assert run("nodes_killed", 4, ranks_dir, tmp_path)[2] == 9
+    assert sorted(path.name for path in tmp_path.glob("error-*")) == ["error-0", "error-1", "error-3"]
+    for node in (0, 2):
+        assert WeightStore(tmp_path / f"weights-{node}", 2).versions() == [0]
+
+
 def test_ranks_with_other_plans_are_refused_before_anything_is_written(ranks_dir: Path, tmp_path: Path) -> None:
     run("differing", 2, ranks_dir, tmp_path)
     for rank in range(2):

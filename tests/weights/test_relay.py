@@ -250,10 +250,26 @@ def test_owner_is_asked_when_a_fellow_is_late_or_has_none(monkeypatch: pytest.Mo
     givers = {wanted.ask.index: wanted.giver for wanted in transfer.asks()}
     assert givers == {0: 0, 1: 2, 2: 0, 3: 2}
     assert {wanted.giver for wanted in transfer.gone(1)} == {0}
+    assert transfer.overdue() == [], "the first to ask knows that it has been written"
     time.sleep(0.01)
     assert [(wanted.giver, wanted.ask.index) for wanted in transfer.overdue()] == [(0, 3)]
     with pytest.raises(TransferFailed, match="node 0 has version 1 no longer"):
         transfer.gone(0)
+
+
+def test_answers_to_a_transfer_that_was_given_up_are_ignored_by_the_next_of_the_same_version() -> None:
+    data = RNG.integers(0, 256, 3000, dtype=np.uint8)
+    into = np.zeros_like(data)
+    transfer = Transfer(1, slices_of(data), 1, [1], None, into)
+    asked = {wanted.ask.index for wanted in transfer.asks()}
+    late = max(asked) + 1
+    assert transfer.given(*given_of(data, late, data[late * 100 :][:100])) == [] and not transfer.has(late)
+    assert transfer.gone(late) == []
+    while not transfer.is_complete:
+        for index in asked:
+            assert transfer.given(*given_of(data, index, data[index * 100 :][:100])) == []
+        asked = {wanted.ask.index for wanted in transfer.asks()}
+    assert (into == data).all()
 
 
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 4096, 4099])

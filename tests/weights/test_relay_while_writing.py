@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flowrl.weights import held as held_module
+from flowrl.weights import relay as relay_module
 from flowrl.weights.buffers import Buffer
 from flowrl.weights.held import HeldVersions
 from flowrl.weights.progress import Progress, ProgressReader
@@ -139,6 +140,70 @@ def test_own_part_that_is_written_over_is_given_up(tmp_path: Path) -> None:
             commit(node, buffer, 1)
         wait_for(nodes, 1)
         assert [node.read(1) for node in nodes] == [data.tobytes()] * 2 and all(node.shown == [1] for node in nodes)
+
+
+def hold_up(node: Node, seconds: float) -> None:
+    """The node's relay hears of nothing meanwhile."""
+    node.relay._mailbox.post(lambda: time.sleep(seconds))
+
+
+def test_newer_version_is_begun_as_soon_as_the_one_before_has_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay_module, "_TICK_S", 1000.0)
+    with cluster(tmp_path, WHOLE, 2) as nodes:
+        first, second = random_bytes(), random_bytes()
+        buffer = nodes[0].begin(0)
+        nodes[0].write_up_to(buffer, first, 0, HALF)
+        wait_until_arrived(nodes[1], HALF)
+        hold_up(nodes[1], 0.2)
+        nodes[0].write_up_to(buffer, first, HALF, NUM_BYTES)
+        commit(nodes[0], buffer, 0)
+        publish(nodes, 1, second)
+        wait_for(nodes[1:], 1)
+        assert nodes[1].read(1) == second.tobytes()
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_version_that_waits_for_what_a_slow_node_holds_is_shown_once_it_has_come_there(
+    delta: bool, tmp_path: Path
+) -> None:
+    """With the fewest buffers: the node's base is the one that the version needs to be shown at all."""
+    with cluster(tmp_path, WHOLE, 2, buffers=2, delta=delta) as nodes:
+        first, last = random_bytes(), random_bytes()
+        buffer = nodes[0].begin(0)
+        nodes[0].write_up_to(buffer, first, 0, HALF)
+        wait_until_arrived(nodes[1], HALF)
+        hold_up(nodes[1], 0.2)
+        nodes[0].write_up_to(buffer, first, HALF, NUM_BYTES)
+        commit(nodes[0], buffer, 0)
+        publish(nodes, 1, random_bytes())
+        buffer = nodes[0].begin(2)
+        nodes[0].write_up_to(buffer, last, 0, NUM_BYTES)
+        commit(nodes[0], buffer, 2)
+        assert 2 not in nodes[0].store.versions(), "the relay has version 0 open"
+        wait_for(nodes[1:], 2)
+        assert 2 in nodes[0].store.versions() and nodes[1].read(2) == last.tobytes()
+
+
+def test_node_falls_back_on_what_is_whole_where_a_newer_one_cannot_be_had(tmp_path: Path) -> None:
+    """The newer one was begun, and the trainer has gone on or ended without showing it."""
+    with cluster(tmp_path, WHOLE, 2) as nodes:
+        publish(nodes, 0, random_bytes())
+        wait_for(nodes[1:], 0)
+        buffer = nodes[0].begin(1)
+        nodes[0].write_up_to(buffer, random_bytes(), 0, HALF)
+        wait_until_arrived(nodes[1], HALF)
+        others, nodes[0].all = nodes[0].all, []
+        assert nodes[0].pool is not None
+        nodes[0].pool.abandon(buffer)  # of which nobody hears
+        data = random_bytes()
+        nodes[0].write(2, data)
+        for node in others:
+            node.relay.written(0, 2)
+            node.relay.begun(0, 3, tmp_path / "nowhere")
+        wait_for(nodes[1:], 2)
+        assert nodes[1].read(2) == data.tobytes()
 
 
 ENDS = st.sampled_from(["shown", "shown", "shown", "failed", "unheard"])
