@@ -184,7 +184,6 @@ class PooledWriter:
         failed = [] if is_written else [self._publisher]
         if self._lender is not None:
             failed += self._lender.failed(version)
-        if self._lender is not None:
             self._lender.tell(version, failed)
         return failed
 

@@ -117,7 +117,9 @@ def test_an_episode_of_the_users_own_is_used(tmp_path: Path) -> None:
 
 
 def test_a_stage_that_fails_is_named_with_its_log(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("class Broken:\n    def __init__(self, context, settings):\n        1 / 0\n")
+    (tmp_path / "mine.py").write_text(
+        "class Broken:\n    def __init__(self, context, settings):\n        1 / 0\n    def process(self, rows): ...\n"
+    )
     stage = "{run: 'mine.py:Broken', unit: group, reads: [reward], writes: [advantage]}"
     code, output = run_to_end(small_run(tmp_path, "eval=null", f"stages.advantage={stage}"), cwd=tmp_path)
     assert code == 1
