@@ -142,9 +142,15 @@ def test_own_part_that_is_written_over_is_given_up(tmp_path: Path) -> None:
         assert [node.read(1) for node in nodes] == [data.tobytes()] * 2 and all(node.shown == [1] for node in nodes)
 
 
-def hold_up(node: Node, seconds: float) -> None:
-    """The node's relay hears of nothing meanwhile."""
-    node.relay._mailbox.post(lambda: time.sleep(seconds))
+def publish_to_a_slow_node(nodes: list[Node]) -> None:
+    """Version 0; node 1 has half of it, and hears of nothing for a while."""
+    data = random_bytes()
+    buffer = nodes[0].begin(0)
+    nodes[0].write_up_to(buffer, data, 0, HALF)
+    wait_until_arrived(nodes[1], HALF)
+    nodes[1].relay._mailbox.post(lambda: time.sleep(0.2))
+    nodes[0].write_up_to(buffer, data, HALF, NUM_BYTES)
+    commit(nodes[0], buffer, 0)
 
 
 def test_newer_version_is_begun_as_soon_as_the_one_before_has_come(
@@ -152,13 +158,8 @@ def test_newer_version_is_begun_as_soon_as_the_one_before_has_come(
 ) -> None:
     monkeypatch.setattr(relay_module, "_TICK_S", 1000.0)
     with cluster(tmp_path, WHOLE, 2) as nodes:
-        first, second = random_bytes(), random_bytes()
-        buffer = nodes[0].begin(0)
-        nodes[0].write_up_to(buffer, first, 0, HALF)
-        wait_until_arrived(nodes[1], HALF)
-        hold_up(nodes[1], 0.2)
-        nodes[0].write_up_to(buffer, first, HALF, NUM_BYTES)
-        commit(nodes[0], buffer, 0)
+        second = random_bytes()
+        publish_to_a_slow_node(nodes)
         publish(nodes, 1, second)
         wait_for(nodes[1:], 1)
         assert nodes[1].read(1) == second.tobytes()
@@ -170,13 +171,8 @@ def test_version_that_waits_for_what_a_slow_node_holds_is_shown_once_it_has_come
 ) -> None:
     """With the fewest buffers: the node's base is the one that the version needs to be shown at all."""
     with cluster(tmp_path, WHOLE, 2, buffers=2, delta=delta) as nodes:
-        first, last = random_bytes(), random_bytes()
-        buffer = nodes[0].begin(0)
-        nodes[0].write_up_to(buffer, first, 0, HALF)
-        wait_until_arrived(nodes[1], HALF)
-        hold_up(nodes[1], 0.2)
-        nodes[0].write_up_to(buffer, first, HALF, NUM_BYTES)
-        commit(nodes[0], buffer, 0)
+        last = random_bytes()
+        publish_to_a_slow_node(nodes)
         publish(nodes, 1, random_bytes())
         buffer = nodes[0].begin(2)
         nodes[0].write_up_to(buffer, last, 0, NUM_BYTES)
