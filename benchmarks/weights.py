@@ -1,6 +1,7 @@
 """From the end of the optimizer step to the last engine that serves the new version, beside three other ways.
 
-    python benchmarks/weights.py [--sizes 10 100 500] [--engines 1 2] [--rounds 7] [--slow-rounds 3] [--out RESULT.json]
+    python benchmarks/weights.py [--sizes 10 100 500] [--engines 1 2] [--rounds 7] [--slow-rounds 3] [--no-copy]
+        [--out RESULT.json]
 
 Two trainer ranks (gloo, FSDP2, float32 masters) and one or two processes with an embedded engine (bfloat16), all on
 this machine, random weights in the shape of Qwen3. Each round changes the weights, meets, and then publishes; the clock
@@ -15,7 +16,8 @@ by one ZeroMQ message. For each size and number of engines, in the same processe
 
 pause: how long the slower rank cannot train (`Publisher.begin`), beside one cast-and-copy of that rank's shard into
 memory that is warm, on both ranks at once. Medians over the rounds after five that warm up, in which engines come to
-know all buffers (after one, of the two slow ways).
+know all buffers (after one, of the two slow ways). With `--no-copy` what engines serve is wrong: it shows what all but
+their copying takes.
 """
 
 from __future__ import annotations
@@ -67,6 +69,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--engines", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--slow-rounds", type=int, default=3, help="of gather and directory")
+    parser.add_argument("--no-copy", action="store_true", help="FlowRL's engines look at the file and copy nothing")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="where (b) saves")
     parser.add_argument("--out", type=Path, help="where the result goes as JSON")
     return parser.parse_args()
@@ -88,6 +91,7 @@ def measure(size: int, engines: int, given: argparse.Namespace) -> dict[str, Any
                 "work": memory,
                 "disk": disk,
                 "engines": engines,
+                "no_copy": given.no_copy,
                 "rounds": given.rounds + WARM_UPS,
                 "slow_rounds": given.slow_rounds + SLOW_WARM_UPS,
             }

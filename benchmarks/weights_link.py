@@ -1,15 +1,15 @@
 """Weights between two virtual hosts: two network namespaces and a link between them (`tc`). Needs root.
 
     sudo python benchmarks/weights_link.py [--gbits 1 10 inf] [--learning-rates 1e-7 1e-6 1e-5 1e-4] [--parameters 100]
-        [--rounds 5] [--after-writing] [--out RESULT.json]
+        [--rounds 5] [--after-writing] [--plain] [--out RESULT.json]
 
 One host has the float32 masters and publishes bfloat16 into shared memory; the other has a relay and nothing else. Each
 round takes AdamW steps on random gradients, as a trainer would late in its moments, and times from the end of the step
 here to the version being visible there: one version whole, one by changes, and, when all of these have been, one as the
-relay chooses. With `--after-writing` nothing is sent before all of a version is written. All must be byte for byte the
-same on both hosts, by SHA-256. A link of `inf` Gbit/s has no limit but what memory, encryption and the two processes
-take. Printed, as medians: the share of weights that changed, bytes of payload, bytes on the link (its counters),
-seconds.
+relay chooses. With `--after-writing` nothing is sent before all of a version is written; with `--plain` nothing is
+encrypted. All must be byte for byte the same on both hosts, by SHA-256. A link of `inf` Gbit/s has no limit but what
+memory, encryption and the two processes take. Printed, as medians: the share of weights that changed, bytes of payload,
+bytes on the link (its counters), seconds.
 """
 
 from __future__ import annotations
@@ -46,7 +46,12 @@ def main() -> None:
         try:
             connect(spaces, gbits)
             for rate in given.learning_rates:
-                wanted = {"rounds": given.rounds, "parameters": given.parameters, "after": given.after_writing}
+                wanted = {
+                    "rounds": given.rounds,
+                    "parameters": given.parameters,
+                    "after": given.after_writing,
+                    "secret": "" if given.plain else secrets.token_hex(16),
+                }
                 found = measure(spaces, wanted | {"learning_rate": rate})
                 rows.append({"gbits": gbits, "learning_rate": rate} | found)
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
@@ -65,6 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parameters", type=int, default=100, help="millions")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--after-writing", action="store_true", help="do not send what is still being written")
+    parser.add_argument("--plain", action="store_true", help="do not encrypt")
     parser.add_argument("--out", type=Path, help="where the result goes as JSON")
     return parser.parse_args()
 
@@ -105,7 +111,7 @@ def connect(spaces: list[str], gbits: float) -> None:
 
 def measure(spaces: list[str], wanted: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="flowrl-link-") as memory:
-        settings = json.dumps(wanted | {"work": memory, "secret": secrets.token_hex(16)})
+        settings = json.dumps(wanted | {"work": memory})
         processes = [
             subprocess.Popen(
                 ["ip", "netns", "exec", space, sys.executable, "-P", __file__, "--host", str(host), settings],

@@ -201,9 +201,11 @@ def run_engine(index: int, settings: dict[str, Any]) -> dict[str, Any]:
     import zmq
 
     from flowrl.rollout.embedded.engine import EmbeddedEngine
+    from flowrl.weights import loading
 
     torch.set_num_threads(1)
     work, rounds = Path(settings["work"]), settings["rounds"]
+    copy_each = loading._load_each
     context = zmq.Context()
     news = context.socket(zmq.PULL)
     news.bind(f"ipc://{work}/engine-{index}")
@@ -213,8 +215,11 @@ def run_engine(index: int, settings: dict[str, Any]) -> dict[str, Any]:
         await engine.start(work / "model", 0)
         served: dict[str, list[float]] = {"flowrl": [], "collective": []}
         receiver = make_receiver(work, index)
+        if settings["no_copy"]:
+            loading._load_each = lambda *_: None
         for number in range(2 * rounds):
             if number == rounds:
+                loading._load_each = copy_each
                 receiver.meet()
             version, path = news.recv_json()
             if number < rounds:

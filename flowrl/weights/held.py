@@ -15,7 +15,7 @@ import numpy as np
 
 from flowrl.weights.progress import ProgressReader
 from flowrl.weights.slices import Slice
-from flowrl.weights.store import WeightStore, reading, weights_file
+from flowrl.weights.store import WeightStore, reading
 
 
 class HeldVersions:
@@ -134,6 +134,6 @@ def scatter(data: np.ndarray, part: Slice, given: np.ndarray) -> None:
 
 
 def _mapped(path: Path) -> np.ndarray:
-    with reading(path), weights_file(path).open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), os.fstat(file.fileno()).st_size, prot=mmap.PROT_READ)
+    with reading(path) as (fd,):
+        mapped = mmap.mmap(fd, os.fstat(fd).st_size, prot=mmap.PROT_READ)
     return np.frombuffer(mapped, np.uint8)

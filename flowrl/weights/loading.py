@@ -96,7 +96,8 @@ class Loader:
             self._read_headers([_header_of(fd) for fd in fds], path)
             for fd, end in zip(fds, self._ends, strict=True):
                 if (size := os.fstat(fd).st_size) < end:
-                    raise ValueError(f"weights: a file of {path} has {size} bytes, and {end} by its header")
+                    name = os.readlink(f"/proc/self/fd/{fd}")
+                    raise ValueError(f"weights: {name} has {size} bytes, and {end} by its header")
             sources = [_Source(fd, self._mapped(fd, path)) for fd in fds]
             _load_each(self._copies, sources, sum(self._ends))
             for device in {copy.target.device for copy in self._copies if copy.target.is_cuda}:

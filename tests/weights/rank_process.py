@@ -91,6 +91,11 @@ def failure_case(rank: int, size: int, model_dir: Path, out: Path) -> None:
     """The last rank cannot write version 1; version 2 goes well again."""
     publisher = publisher_of(sharded(model_dir, size), rank, model_dir, out)
     publisher.publish(0)
+    fail_at_one(publisher, rank, size, out)
+
+
+def fail_at_one(publisher: Publisher, rank: int, size: int, out: Path) -> None:
+    """Version 1, and then 2."""
     writer = publisher._writer
     assert writer is not None
     write = writer.write
@@ -100,7 +105,7 @@ def failure_case(rank: int, size: int, model_dir: Path, out: Path) -> None:
         publisher.publish(1)
     except (OSError, RuntimeError) as error:
         (out / f"error-{rank}").write_text(str(error))
-    (out / f"after-{rank}").write_text(str(WeightStore(out / "weights", 2).versions()))
+    (out / f"after-{rank}").write_text(str([*out.glob("weights*/v*1"), *out.glob("weights*/v*2")]))
     dist.barrier()
     writer.write = write  # type: ignore[method-assign]
     publisher.publish(2)
@@ -162,18 +167,7 @@ def nodes_case(rank: int, size: int, model_dir: Path, out: Path) -> None:
     store = WeightStore(out / f"weights-{rank}", 2) if rank % 2 == 0 else None
     publisher = Publisher(sharded(model_dir, size), model_dir, store, "bfloat16")
     publisher.publish(0)
-    writer = publisher._writer
-    assert writer is not None
-    write = writer.write
-    if rank == size - 1:
-        writer.write = fail  # type: ignore[method-assign]
-    try:
-        publisher.publish(1)
-    except (OSError, RuntimeError) as error:
-        (out / f"error-{rank}").write_text(str(error))
-    writer.write = write  # type: ignore[method-assign]
-    publisher.publish(2)
-    publisher.close()
+    fail_at_one(publisher, rank, size, out)
 
 
 def killed_case(rank: int, size: int, model_dir: Path, out: Path, when: str = "write") -> None:
